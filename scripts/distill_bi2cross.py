@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Step 2: train a cross-encoder, from a raw language model, on a bi-encoder's scores.
+
+accelerate launch scripts/distill_bi2cross.py --model_name_or_path bert-base-uncased --scores bi-scores.parquet \
+    --output_dir runs/bert/cycle-1/cross-encoder
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from transencoder.arguments import parse_stage
+from transencoder.data import PairInputs
+from transencoder.encoders import CrossEncoder, check_language_model
+from transencoder.errors import one_line_errors
+from transencoder.files import claim, write_run
+from transencoder.losses import soft_bce
+from transencoder.runtime import finish, log, start
+from transencoder.scoring import pseudo_labels
+from transencoder.tasks import load_dev
+from transencoder.training import Batch, count_pieces, select_by, train
+
+STAGE = "distill_bi2cross"
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_stage(STAGE, __doc__)
+    select_by(arguments)
+    if claim(arguments, STAGE):
+        return print(f"{arguments.output_dir} is complete already", file=sys.stderr)
+    accelerator = start(arguments)
+
+    check_language_model(arguments.model_name_or_path)
+    dev = load_dev(arguments)
+    labels = pseudo_labels(arguments, accelerator)
+    examples = len(labels) * (2 if arguments.swap else 1)
+    count_pieces(examples, arguments, accelerator.num_processes)
+    log(accelerator, f"{len(labels)} scored pairs, {examples} examples")
+    write_run(arguments, STAGE, "running")
+
+    set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
+    encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
+    rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, arguments.swap)
+
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        return soft_bce(model(**batch["inputs"]), batch["scores"])
+
+    facts = train(accelerator, encoder, rows, loss_of, arguments, dev)
+    finish(accelerator, arguments, STAGE, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Step 3: train a bi-encoder, from its step-1 checkpoint, on a cross-encoder's scores.
+
+accelerate launch scripts/distill_cross2bi.py --model_name_or_path runs/bert/contrastive --scores cross-scores.parquet \
+    --output_dir runs/bert/cycle-1/bi-encoder
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from torch import Tensor, nn
+
+from transencoder.arguments import parse_stage
+from transencoder.data import SentencePairs
+from transencoder.encoders import BiEncoder, check_bi_encoder
+from transencoder.errors import one_line_errors
+from transencoder.files import claim, write_run
+from transencoder.losses import cosine_mse
+from transencoder.runtime import finish, log, start
+from transencoder.scoring import pseudo_labels
+from transencoder.tasks import load_dev
+from transencoder.training import Batch, count_pieces, select_by, train
+
+STAGE = "distill_cross2bi"
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_stage(STAGE, __doc__)
+    select_by(arguments)
+    if claim(arguments, STAGE):
+        return print(f"{arguments.output_dir} is complete already", file=sys.stderr)
+    accelerator = start(arguments)
+
+    check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
+    dev = load_dev(arguments)
+    labels = pseudo_labels(arguments, accelerator)
+    count_pieces(len(labels), arguments, accelerator.num_processes)
+    log(accelerator, f"{len(labels)} scored pairs")
+    write_run(arguments, STAGE, "running")
+
+    encoder = BiEncoder.from_pretrained(
+        arguments.model_name_or_path, arguments.pooling, arguments.max_length, arguments.dropout
+    )
+    rows = SentencePairs(labels, encoder.tokenizer, encoder.max_length)
+
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        first, second = model(**batch["inputs"]).chunk(2)
+        return cosine_mse(first, second, batch["scores"])
+
+    facts = train(accelerator, encoder, rows, loss_of, arguments, dev)
+    finish(accelerator, arguments, STAGE, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Measure encoders, or an ensemble of them, on labelled pairs: Spearman and Pearson, or AUC, all x 100.
+
+accelerate launch scripts/evaluate_encoders.py --encoders runs/bert/contrastive runs/bert/best/bi-encoder \
+    --tasks stsb sts16 mine=pairs.test.tsv --data_dir data --output_dir runs/bert/evaluation
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from transencoder.arguments import parse_stage
+from transencoder.encoders import check_encoders
+from transencoder.errors import one_line_errors
+from transencoder.evaluation import result_entries, results_table
+from transencoder.files import claim, write_json, write_run, write_text
+from transencoder.runtime import start
+from transencoder.scoring import score_with
+from transencoder.tasks import load_task
+
+STAGE = "evaluate_encoders"
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_stage(STAGE, __doc__)
+    output = Path(arguments.output_dir)
+    if claim(arguments, STAGE):
+        return print((output / "results.md").read_text(encoding="utf-8"))
+    accelerator = start(arguments)
+
+    check_encoders(arguments.encoders, arguments.pooling)
+    tasks = [load_task(spec, arguments.data_dir, arguments.columns) for spec in arguments.tasks]
+    write_run(arguments, STAGE, "running")
+
+    results = []
+    for encoders in [arguments.encoders] if arguments.ensemble else [[name] for name in arguments.encoders]:
+        all_scores = score_with(
+            encoders, [task.pairs for task in tasks], accelerator, arguments.eval_batch_tokens, arguments.pooling
+        )
+        for task, scores in zip(tasks, all_scores, strict=True):
+            results += result_entries(encoders, task, scores)
+    if accelerator.is_main_process:
+        write_json(output / "results.json", results)
+        write_text(output / "results.md", results_table(results))
+        write_run(arguments, STAGE, "complete")
+        print(results_table(results))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Score pairs with one or more encoders, bi or cross: pseudo-labels for a student, or simply the scores of a file.
+
+accelerate launch scripts/score_pairs.py --encoders runs/bert/contrastive --pairs pairs.tsv --output bi-scores.parquet
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from transencoder.arguments import parse_stage
+from transencoder.data import read_pairs
+from transencoder.encoders import check_encoders
+from transencoder.errors import one_line_errors
+from transencoder.files import identity
+from transencoder.runtime import log, start
+from transencoder.scoring import score_to_file, scores_are_there
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_stage("score_pairs", __doc__)
+    output, facts = Path(arguments.output), identity(arguments)
+    if not arguments.overwrite and scores_are_there(output, facts):
+        return print(f"{output} is complete already", file=sys.stderr)
+    accelerator = start(arguments)
+
+    check_encoders(arguments.encoders, arguments.pooling)
+    pairs = read_pairs(arguments.pairs, columns=arguments.columns, drop_duplicates=arguments.drop_duplicates)
+    log(accelerator, f"{len(pairs)} pairs")
+
+    scores = score_to_file(
+        arguments.encoders, pairs, output, accelerator, arguments.eval_batch_tokens, arguments.pooling, facts
+    )
+    log(accelerator, f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

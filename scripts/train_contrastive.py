@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Step 1: tune a pretrained language model into a bi-encoder on unlabelled sentences (SimCSE or Mirror-BERT).
+
+accelerate launch scripts/train_contrastive.py --model_name_or_path bert-base-uncased --sentences sentences.txt \
+    --output_dir runs/bert/contrastive
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from torch import Tensor, nn
+
+from transencoder.arguments import parse_stage
+from transencoder.data import DropoutViews, MaskedViews, read_sentences, sample
+from transencoder.encoders import BiEncoder, MLPHead, add_drophead, check_language_model
+from transencoder.errors import one_line_errors
+from transencoder.files import claim, write_run
+from transencoder.losses import info_nce
+from transencoder.runtime import finish, log, start
+from transencoder.tasks import load_dev
+from transencoder.training import Batch, count_pieces, select_by, train
+
+STAGE = "train_contrastive"
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_stage(STAGE, __doc__)
+    select_by(arguments)
+    if claim(arguments, STAGE):
+        return print(f"{arguments.output_dir} is complete already", file=sys.stderr)
+    accelerator = start(arguments)
+
+    # Everything that can be wrong with the input, before any weights are loaded.
+    check_language_model(arguments.model_name_or_path)
+    dev = load_dev(arguments)
+    sentences = sample(read_sentences(arguments.sentences, arguments.columns), arguments.num_sentences, arguments.seed)
+    count_pieces(len(sentences), arguments, accelerator.num_processes)
+    log(accelerator, f"{len(sentences)} distinct sentences")
+    write_run(arguments, STAGE, "running")
+
+    # Drophead takes the place of dropout (Mirror-BERT, section 3).
+    dropout = 0.0 if arguments.drophead and arguments.dropout is None else arguments.dropout
+    encoder = BiEncoder.from_pretrained(
+        arguments.model_name_or_path, arguments.pooling, arguments.max_length, dropout
+    )
+    if arguments.mlp_head:
+        encoder.head = MLPHead(encoder.backbone.config.hidden_size)
+    if arguments.drophead:
+        add_drophead(encoder, arguments.drophead)
+    if arguments.method == "mirror":
+        rows = MaskedViews(sentences, encoder.tokenizer, encoder.max_length, arguments.mask_characters, arguments.seed)
+    else:
+        rows = DropoutViews(sentences, encoder.tokenizer, encoder.max_length)
+
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        first, second = model(**batch["inputs"]).chunk(2)
+        return info_nce(first, second, arguments.temperature)
+
+    facts = train(accelerator, encoder, rows, loss_of, arguments, dev)
+    finish(accelerator, arguments, STAGE, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Every stage's arguments, with the paper's values as defaults. Command line > recipe > default; an unknown key is an error."""
+
+import dataclasses
+import sys
+from argparse import ArgumentDefaultsHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from transencoder.errors import InputError, report_and_exit
+
+T = TypeVar("T")
+
+
+def option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A dataclass field that is an option with a help text; without a default it is required."""
+    return field(default=default, metadata={"help": help, **kwargs}, kw_only=True)
+
+
+@dataclass
+class StageArguments:
+    """What every stage takes."""
+
+    recipe: str | None = option("YAML file; its `common` section and the section named like the script apply.", None)
+    overwrite: bool = option("Replace what an earlier run left at the output.", False)
+    seed: int = option("Seed of weights, data order and dropout (paper: 2021).", 2021)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "Autocast type. auto: what the launcher says, else bf16 where the hardware computes in it, else fp32.", "auto"
+    )
+    columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
+    eval_batch_tokens: int = option("Tokens (padding included) in one forward pass when scoring, per process.", 16384)
+
+
+@dataclass
+class ReportArguments:
+    """Where a stage that measures something reports it."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = option("Experiment tracker.", "none")
+    data_dir: str | None = option("Folder with the evaluation tasks as NAME.jsonl(.gz); without it they come by Hub.", None)
+
+
+@dataclass
+class TrainingArguments(ReportArguments, StageArguments):
+    """What the three training stages share."""
+
+    output_dir: str = option("Folder for the trained model.")
+    learning_rate: float = option("Peak learning rate.")
+    total_batch_size: int = option("Examples in one optimizer step, over all processes and accumulation steps.")
+    micro_batch_size: int | None = option(
+        "Most examples in one forward pass of one process; accumulation follows from it. Default: no accumulation.", None
+    )
+    num_epochs: int = option("Passes over the data.", 1)
+    max_steps: int | None = option("Stop after this many optimizer steps, whatever num_epochs says.", None)
+    warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.0)
+    weight_decay: float = option("AdamW weight decay (not on biases and norms).", 0.01)
+    max_grad_norm: float = option("Gradient clipping.", 1.0)
+    max_length: int = option("Most tokens of one input; the rest is cut off.", 64)
+    dropout: float | None = option("Dropout of the encoder. Default: what its configuration says.", None)
+    length_window: int = option(
+        "Batches are cut from windows of this many shuffled batches sorted by length, which saves padding. 1: plain shuffle.",
+        32,
+    )
+    dev: str | None = option("Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None)
+    eval_steps: int = option("Dev evaluation every this many steps, and at each epoch's end.", 200)
+    select_by: Literal["dev", "last"] | None = option(
+        "Which checkpoint is kept: the best on --dev, or the last. Default: dev when --dev is given.", None
+    )
+
+
+@dataclass
+class ContrastiveArguments(TrainingArguments):
+    """Step 1. Defaults that differ between the two methods are filled in by `with_method_defaults`."""
+
+    model_name_or_path: str = option("Pretrained language model: Hub id or folder.")
+    sentences: list[str] = option("Unlabelled sentences: FILE(s) or Hub dataset id(s).")
+    method: Literal["simcse", "mirror"] = option("simcse: dropout twice. mirror: also random span masking on one side.", "simcse")
+    num_sentences: int | None = option("Random subset of this size. simcse: all sentences; mirror: 10000.", None)
+    learning_rate: float | None = option("Peak learning rate. simcse: 3e-5; mirror: 2e-5.", None)
+    total_batch_size: int | None = option("Sentences in one step, all processes together. simcse: 64; mirror: 200.", None)
+    max_length: int | None = option("Most tokens of a sentence. simcse: 32; mirror: 50.", None)
+    temperature: float | None = option("Temperature of InfoNCE. simcse: 0.05; mirror: 0.04.", None)
+    mlp_head: bool | None = option("Dense + tanh on top in training, dropped afterwards. simcse: true; mirror: false.", None)
+    pooling: Literal["cls", "mean"] = option("How token vectors become a sentence vector.", "cls")
+    mask_characters: int = option("mirror: length of the masked span, in characters of sentences with >= 30.", 5)
+    drophead: float = option("Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).", 0.0)
+    # Batches of one length would hand InfoNCE negatives that length alone cannot tell apart; step 1 shuffles plainly.
+    length_window: int = option("As in the other stages; 1: plain shuffle.", 1)
+
+    METHOD_DEFAULTS = {
+        "simcse": dict(learning_rate=3e-5, total_batch_size=64, max_length=32, temperature=0.05, mlp_head=True),
+        "mirror": dict(
+            learning_rate=2e-5,
+            total_batch_size=200,
+            max_length=50,
+            temperature=0.04,
+            mlp_head=False,
+            num_sentences=10_000,
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        for name, value in self.METHOD_DEFAULTS[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+@dataclass
+class LabelArguments:
+    """Where a student's pseudo-labels come from: a file of scores, or teachers that score the pairs first."""
+
+    scores: str | None = option("Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them.", None)
+    teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
+    pairs: list[str] | None = option("With --teachers: the unlabelled pairs.", None)
+
+    def __post_init__(self) -> None:
+        if bool(self.scores) == bool(self.teachers):
+            raise InputError("give either --scores FILE or --teachers ENCODER --pairs FILE")
+        if bool(self.teachers) != bool(self.pairs):
+            raise InputError("--teachers and --pairs go together")
+
+
+@dataclass
+class Bi2CrossArguments(LabelArguments, TrainingArguments):
+    """Step 2."""
+
+    model_name_or_path: str = option("Pretrained language model that becomes the cross-encoder: Hub id or folder.")
+    learning_rate: float = option("Peak learning rate.", 2e-5)
+    total_batch_size: int = option("Pairs in one step, all processes together.", 32)
+    max_length: int = option("Most tokens of a pair.", 64)
+    warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.1)
+    swap: bool = option("Train on (a, b) and on (b, a); switch off where order matters, as in QNLI.", True)
+
+
+@dataclass
+class Cross2BiArguments(LabelArguments, TrainingArguments):
+    """Step 3."""
+
+    model_name_or_path: str = option("The step-1 bi-encoder, or any sentence-transformers folder or Hub id.")
+    learning_rate: float = option("Peak learning rate.", 5e-5)
+    total_batch_size: int = option("Pairs in one step, all processes together (large models: 64).", 128)
+    num_epochs: int = option("Passes over the data (binary tasks: 15).", 10)
+    max_length: int = option("Most tokens of a sentence.", 32)
+    pooling: Literal["cls", "mean"] | None = option("Only for a start that does not say how it pools.", None)
+
+
+@dataclass
+class ScoringArguments(StageArguments):
+    """Labelling, and scoring a file."""
+
+    encoders: list[str] = option("Bi- and cross-encoders, whose scores are averaged: folders or Hub ids.")
+    pairs: list[str] = option("Pairs to score: FILE(s) or Hub dataset id(s).")
+    output: str = option("Parquet file to write: sentence1, sentence2, score, in the order of the input.")
+    drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
+    pooling: Literal["cls", "mean"] | None = option("Only for a plain language model, which does not say how it pools.", None)
+
+
+@dataclass
+class EvaluationArguments(ReportArguments, StageArguments):
+    """Tables."""
+
+    encoders: list[str] = option("Bi- and cross-encoders to evaluate: folders or Hub ids.")
+    tasks: list[str] = option("Tasks (sts12 ... stsb sickr qqp qnli mrpc, stsb.dev, ...) or NAME=FILE with gold labels.")
+    output_dir: str = option("Folder for results.json and results.md.")
+    ensemble: bool = option("Evaluate the mean of all encoders' scores, not each encoder.", False)
+    pooling: Literal["cls", "mean"] | None = option("Only for a plain language model, which does not say how it pools.", None)
+
+
+STAGES = {
+    "train_contrastive": ContrastiveArguments,
+    "score_pairs": ScoringArguments,
+    "distill_bi2cross": Bi2CrossArguments,
+    "distill_cross2bi": Cross2BiArguments,
+    "evaluate_encoders": EvaluationArguments,
+}
+DRIVER = "run_transencoder"
+
+
+class StageParser(HfArgumentParser):
+    """argparse over one dataclass; an error is one line and exit code 2."""
+
+    def __init__(self, arguments: type, description: str | None):
+        super().__init__(
+            arguments,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str) -> None:
+        report_and_exit(message)
+
+
+def read_recipe(path: str) -> dict[str, dict[str, Any]]:
+    """Read a recipe and check its sections and keys.
+
+    Args:
+        path: YAML file with the sections `common`, `run_transencoder` and one for each script, all optional.
+    Raises:
+        InputError: no such file, not YAML, an unknown section or an unknown key.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--recipe {path}: not YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise InputError(f"--recipe {path}: must hold sections of keys, such as `common:` and `distill_bi2cross:`")
+    names = {stage: {f.name for f in dataclasses.fields(arguments)} for stage, arguments in STAGES.items()}
+    names["common"] = set().union(*names.values())
+    for section, keys in content.items():
+        if section != DRIVER and section not in names:
+            raise InputError(f"--recipe {path}: unknown section {section!r}; known: {', '.join([*names, DRIVER])}")
+        for key in keys:
+            if section != DRIVER and key not in names[section]:
+                raise InputError(f"--recipe {path}: unknown key {key!r} in section {section!r}")
+    return content
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    """Command-line words for a recipe section: {"swap": False, "pairs": ["a", "b"]} -> --swap False --pairs a b."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def parse_stage(stage: str, description: str | None = None, argv: list[str] | None = None) -> Any:
+    """Arguments of `stage` from the command line, then its recipe, then the defaults.
+
+    Args:
+        stage: a script's name without ".py".
+        description: text above the options in --help; the script's docstring.
+        argv: command-line words; the process's own by default.
+    Returns:
+        An instance of `STAGES[stage]`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = StageParser(STAGES[stage], description)
+    finder = StageParser((), None)
+    finder.add_argument("--recipe")
+    recipe_path = finder.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].recipe
+    recipe_words = []
+    if recipe_path:
+        recipe = read_recipe(recipe_path)
+        known = {f.name for f in dataclasses.fields(STAGES[stage])}
+        shared = {key: value for key, value in recipe.get("common", {}).items() if key in known}
+        recipe_words = as_options({**shared, **recipe.get(stage, {})})
+    arguments, unknown = parser.parse_args_into_dataclasses(
+        recipe_words + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise InputError(f"unknown arguments: {' '.join(unknown)} (see --help)")
+    return arguments

@@ -1,0 +1,31 @@
+"""How a stage ends when something is wrong with what it was given."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Bad arguments or bad input: told to the user in one line, exit code 2, before any model is loaded."""
+
+
+def report_and_exit(message: str) -> None:
+    """Print one line on stderr (from the first process of each machine only) and exit with code 2."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        script = os.path.basename(sys.argv[0])
+        print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Turn an `InputError` raised by a script's `main` into one line and exit code 2. Other errors keep their traceback."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        try:
+            main()
+        except InputError as error:
+            report_and_exit(str(error))
+
+    return wrapper

@@ -1,0 +1,118 @@
+"""Metrics, and the tables made of them."""
+
+import math
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from accelerate import Accelerator
+from scipy import stats
+from torch import nn
+
+from transencoder.encoders import inspect_encoder
+from transencoder.scoring import PreparedPairs, score_prepared
+from transencoder.tasks import Task, title
+
+FEATURES = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
+CITATION = "Virtanen et al., SciPy 1.0, Nature Methods 17 (2020)"
+
+
+class ScipyMetric(evaluate.Metric):
+    """A metric of scores against gold values, x 100, that needs no network (`evaluate.load` would ask the Hub)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(description=str(self.__doc__), citation=CITATION, features=FEATURES)
+
+
+class Spearman(ScipyMetric):
+    """Spearman's rank correlation x 100, over all pairs of a set put together (SentEval's "all")."""
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return {"spearman": 100 * _defined(stats.spearmanr, predictions, references)}
+
+
+class Pearson(ScipyMetric):
+    """Pearson's correlation x 100."""
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return {"pearson": 100 * _defined(stats.pearsonr, predictions, references)}
+
+
+class AUC(ScipyMetric):
+    """Area under the ROC curve x 100: how often a positive pair scores above a negative one, a tie counting half."""
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        scores, labels = np.asarray(predictions), np.asarray(references) > 0.5
+        pairs = int(labels.sum()) * int((~labels).sum())
+        # Mann and Whitney's U counts just that, by ranks.
+        return {"auc": 100 * float(stats.mannwhitneyu(scores[labels], scores[~labels]).statistic) / pairs if pairs else math.nan}
+
+
+def _defined(correlation: Any, predictions: list[float], references: list[float]) -> float:
+    """The correlation, or NaN (without scipy's warning) where one side is constant."""
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return math.nan
+    return float(correlation(predictions, references).statistic)
+
+
+# For each kind of gold value, the metrics; the first one is what tables show and checkpoints are chosen by.
+METRICS = {"score": (Spearman, Pearson), "label": (AUC,)}
+
+
+PRIMARY = {metrics[0].__name__.lower() for metrics in METRICS.values()}
+
+
+def primary_metric(task: Task) -> str:
+    """ "spearman" or "auc"."""
+    return METRICS[task.gold][0].__name__.lower()
+
+
+def measure(task: Task, scores: np.ndarray) -> dict[str, float]:
+    """Every metric of `task` for `scores` (float [pairs]), x 100."""
+    gold = np.asarray(task.pairs[task.gold], dtype=np.float64)
+    values: dict[str, float] = {}
+    for metric in METRICS[task.gold]:
+        values |= metric(keep_in_memory=True).compute(predictions=scores.astype(np.float64), references=gold)
+    return values
+
+
+class DevSet:
+    """The dev pairs, tokenised once for the encoder that is being trained."""
+
+    def __init__(self, task: Task, encoder: Any, accelerator: Accelerator, batch_tokens: int):
+        self.task, self.accelerator, self.batch_tokens = task, accelerator, batch_tokens
+        self.metric = primary_metric(task)
+        self.prepared = PreparedPairs(encoder, task.pairs)
+
+    def score(self, model: nn.Module) -> float:
+        """Spearman or AUC x 100 of `model` as it is now; NaN if it gives every pair the same score."""
+        scores = score_prepared(model, self.prepared, self.accelerator, self.batch_tokens, "Dev")
+        return measure(self.task, scores)[self.metric]
+
+
+def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[dict[str, Any]]:
+    """What results.json says of one measurement: an entry for each metric."""
+    kind = "+".join(dict.fromkeys(inspect_encoder(name) for name in encoders)).replace("plm", "bi")
+    facts = dict(encoders=encoders, kind=kind, task=task.name, split=task.split, n=len(scores))
+    return [dict(facts, metric=metric, value=value) for metric, value in measure(task, scores).items()]
+
+
+def results_table(results: list[dict[str, Any]]) -> str:
+    """results.json's entries as a Markdown table: a row an encoder, a column a task (its primary metric), and the mean."""
+    shown = [entry for entry in results if entry["metric"] in PRIMARY]
+    titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
+    rows: dict[str, dict[str, float]] = {}
+    for entry in shown:
+        rows.setdefault(" + ".join(entry["encoders"]), {})[title(entry["task"], entry["split"])] = entry["value"]
+    body = []
+    for name, values in rows.items():
+        cells = [f"{values[title]:.2f}" if title in values else "" for title in titles]
+        body.append([name, *cells, f"{np.mean([values[title] for title in titles if title in values]):.2f}"])
+    return markdown_table(["encoder", *titles, "mean"], body)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column to the left, numbers to the right."""
+    rule = [":---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows]) + "\n"

@@ -1,0 +1,103 @@
+"""What a stage leaves on disk. A result appears under its name only when it is whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+import torch
+
+import transencoder
+from transencoder.errors import InputError
+
+RUN_FILE = "run.json"
+# These change how a run goes, not what comes out of it.
+NOT_IDENTITY = {"recipe", "overwrite", "report_to", "output_dir", "eval_batch_tokens", "micro_batch_size"}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to `path` by way of a temporary name."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path` by way of a temporary name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `folder`, and put it in the place of `folder`."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Move everything in `source` into the folder `target`, replacing what has the same name there."""
+    for item in source.iterdir():
+        if (target / item.name).is_dir():
+            shutil.rmtree(target / item.name)
+        os.replace(item, target / item.name)
+
+
+def identity(arguments: Any) -> dict[str, Any]:
+    """The arguments that decide what comes out."""
+    return {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, what sets two runs apart: "seed is 1 there and 2 here"."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in names[:3])
+
+
+def claim(arguments: Any, stage: str) -> bool:
+    """Check a stage's output folder before work begins.
+
+    Args:
+        arguments: with output_dir and overwrite.
+        stage: the script's name without ".py".
+    Returns:
+        Whether the folder already holds this very run's result.
+    Raises:
+        InputError: it holds another run's results or foreign files.
+    """
+    where, folder = f"--output_dir {arguments.output_dir}", Path(arguments.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{where}: not a folder")
+    if arguments.overwrite or not folder.exists() or not any(folder.iterdir()):
+        return False
+    advice = "choose another --output_dir or add --overwrite"
+    try:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        found_stage, found, status = run["stage"], run["arguments"], run["status"]
+    except FileNotFoundError:
+        raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: {RUN_FILE} cannot be read; {advice}") from error
+    if found_stage != stage:
+        raise InputError(f"{where}: holds the result of {found_stage}; {advice}")
+    changed = difference(found, identity(arguments))
+    if changed:
+        raise InputError(f"{where}: holds another run's results ({changed}); {advice}")
+    return status == "complete"
+
+
+def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
+    """Record what makes, or made, the output folder. `status`: "running", or "complete", which is written last of all."""
+    folder = Path(arguments.output_dir)
+    versions = {module.__name__: module.__version__ for module in (transencoder, torch, transformers)}
+    content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RUN_FILE, content)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,50 @@
+"""The three losses of the method. All compute in float32, whatever the autocast type."""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+import torch.nn.functional as F
+
+
+def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Contrastive loss of step 1 (paper section 2.1): the i-th row of `second` against all others, for each row of `first`.
+
+    The rows of `second` of every process are candidates, and gradients flow back to the process they came from. With the
+    mean over processes that data-parallel training takes, the gradient is that of one process with the whole batch.
+
+    Args:
+        first, second: float [n, d], two views of the same n sentences; n is the same on every process.
+        temperature: divides the cosines.
+    Returns:
+        Scalar, the mean over this process's n rows.
+    """
+    first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
+    offset = 0
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        offset = dist.get_rank() * len(first)
+        second = torch.cat(torch.distributed.nn.functional.all_gather(second.contiguous()))
+    targets = torch.arange(offset, offset + len(first), device=first.device)
+    return F.cross_entropy(first @ second.T / temperature, targets)
+
+
+def soft_bce(logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Loss of step 2 (paper section 2.2): binary cross-entropy of the logit against the bi-encoder's cosine.
+
+    A cosine below 0 becomes the target 0: the loss of a negative target has no minimum, so it would push the logit of such
+    a pair towards minus infinity, and a contrastive start gives only a small share of them.
+
+    Args:
+        logits: float [n].
+        scores: float [n], cosines in [-1, 1] or scores in [0, 1].
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), scores.float().clamp(0.0, 1.0))
+
+
+def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Loss of step 3 (paper section 2.3): mean squared error of the cosine against the cross-encoder's score.
+
+    Args:
+        first, second: float [n, d], embeddings of the two sentences of n pairs.
+        scores: float [n], in [0, 1].
+    """
+    return F.mse_loss(F.cosine_similarity(first.float(), second.float(), dim=-1), scores.float())
