@@ -26,7 +26,7 @@ STAGE = "evaluate_encoders"
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
     output = Path(arguments.output_dir)
-    if claim(arguments, STAGE):
+    if claim(arguments, STAGE, result="results.json"):
         return print((output / "results.md").read_text(encoding="utf-8"))
     accelerator = start(arguments)
 

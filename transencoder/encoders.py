@@ -4,6 +4,7 @@ A folder says itself what it holds: `modules.json` makes it a bi-encoder, a sequ
 `config.json` makes it a cross-encoder, anything else is a plain language model.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -59,28 +60,44 @@ def inspect_encoder(name: str) -> Kind:
 def read_model_file(name: str, file: str) -> Any:
     """A JSON file of a model, from its folder or the Hub; None where the model has no such file."""
     folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{name}: not a folder with an encoder")
+    path = folder / file if folder.is_dir() else _from_hub(name, file)
+    if path is None or not path.is_file():
+        return None
     try:
-        if folder.is_dir():
-            path = folder / file
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if folder.exists():
-            raise InputError(f"{name}: not a folder with an encoder")
-        return json.loads(Path(huggingface_hub.hf_hub_download(name, file)).read_text(encoding="utf-8"))
-    except ValueError as error:  # HFValidationError and JSONDecodeError are both ValueErrors
-        if isinstance(error, huggingface_hub.errors.HFValidationError):
-            raise InputError(f"{name}: no such folder, and not a Hub id (ORG/NAME)") from error
-        raise InputError(f"{name}: {file} is not JSON") from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise InputError(f"{name}: no such folder, and no such model on the Hub (or it is private)") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: {file} cannot be read: {error}") from error
+
+
+def _from_hub(name: str, file: str) -> Path | None:
+    """A file of a Hub model in the local cache, downloaded where needed; None where the model has no such file."""
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, file, local_files_only=not _hub_answers(name)))
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        if huggingface_hub.try_to_load_from_cache(name, "config.json"):
+            return None  # the model is in the cache, and this file is not part of it
         raise InputError(
             f"{name}: no such folder, and the Hub cannot be reached; download the model elsewhere "
             f"(hf download {name} --local-dir DIR) and pass its folder"
         ) from error
     except huggingface_hub.errors.EntryNotFoundError:
         return None
-    except OSError as error:
-        raise InputError(f"{name}: {error}") from error
+
+
+@functools.cache
+def _hub_answers(name: str) -> bool:
+    """One quick question, because the Hub client's own downloads retry for half a minute where there is no network."""
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except huggingface_hub.errors.HFValidationError as error:
+        raise InputError(f"{name}: no such folder, and not a Hub id (ORG/NAME)") from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise InputError(f"{name}: no such folder, and no such model on the Hub (or it is private)") from error
+    except Exception:  # offline mode, or one of the HTTP client's many ways to say "no connection"
+        return False
+    return True
 
 
 def check_bi_encoder(name: str, pooling: str | None) -> None:

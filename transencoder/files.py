@@ -59,12 +59,13 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in names[:3])
 
 
-def claim(arguments: Any, stage: str) -> bool:
+def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     """Check a stage's output folder before work begins.
 
     Args:
         arguments: with output_dir and overwrite.
         stage: the script's name without ".py".
+        result: the file that the stage writes, where it may lie beside other files; by default the folder is all its own.
     Returns:
         Whether the folder already holds this very run's result.
     Raises:
@@ -74,6 +75,8 @@ def claim(arguments: Any, stage: str) -> bool:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{where}: not a folder")
     if arguments.overwrite or not folder.exists() or not any(folder.iterdir()):
+        return False
+    if result and not (folder / result).exists() and not (folder / RUN_FILE).exists():
         return False
     advice = "choose another --output_dir or add --overwrite"
     try:

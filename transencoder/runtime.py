@@ -68,7 +68,8 @@ def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notes away from ours."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    for name in ("datasets", "huggingface_hub", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 

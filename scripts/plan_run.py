@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Check a recipe and all that it names, and print it as shell variables: the driver's first step.
+
+python scripts/plan_run.py --recipe recipes/quickstart.yaml --output_dir runs/quickstart
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from transencoder.arguments import StageParser
+from transencoder.errors import one_line_errors
+from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
+from transencoder.runtime import quiet_libraries
+
+
+def parse() -> argparse.Namespace:
+    parser = StageParser((), __doc__)
+    parser.add_argument("--recipe", required=True, help="YAML file")
+    parser.add_argument("--output_dir", required=True, help="folder of the run")
+    parser.add_argument("--plm", help="language model in place of the recipe's")
+    parser.add_argument("--seed", type=int, help="seed in place of the recipe's")
+    parser.add_argument("--dry_run", action="store_true", help="write nothing")
+    return parser.parse_args()
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse()
+    quiet_libraries()
+    recipe = resolve_recipe(arguments.recipe, arguments.plm, arguments.seed)
+    plan = load_plan(recipe, f"--recipe {arguments.recipe}")
+    check_inputs(plan)
+    if not arguments.dry_run:
+        keep_recipe(recipe, Path(arguments.output_dir))
+    print(to_shell(plan))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# The whole method: contrastive start, then cycles of bi -> cross -> bi, then the best models, a table and a plot.
+#
+#   bash scripts/run_transencoder.sh --recipe recipes/quickstart.yaml --output_dir runs/quickstart
+#
+#   --recipe FILE       what to train on what; the other recipes are good places to start from
+#   --output_dir DIR    the run; the same command again goes on where it stopped
+#   --launcher CMD      how a stage is started (default: "accelerate launch")
+#   --plm MODEL         a language model in place of the recipe's: Hub id or folder (recipes with one student)
+#   --seed N            a seed in place of the recipe's
+#   --dry_run           print the commands, run nothing
+#
+# Cost, with the time of one training of the cross-encoder (step 2) as the unit: step 1 is about 0.1 to 1, and each cycle
+# 1 for the cross-encoder, 1 to 2 for the bi-encoder and 0.3 for labelling, times the number of students.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+launcher="accelerate launch" recipe="" run="" dry="" plan_flags=() seed=()
+
+fail() { echo "run_transencoder.sh: error: $1" >&2; exit 2; }
+while (($#)); do
+  case $1 in
+    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --dry_run) dry=1; plan_flags+=(--dry_run); shift; continue ;;
+    --recipe | --output_dir | --launcher | --plm | --seed) (($# > 1)) || fail "$1 needs a value" ;;
+    *) fail "unknown argument $1 (see --help)" ;;
+  esac
+  case $1 in
+    --recipe) recipe=$2 ;;
+    --output_dir) run=${2%/} ;;
+    --launcher) launcher=$2 ;;
+    --plm) plan_flags+=(--plm "$2") ;;
+    --seed) plan_flags+=(--seed "$2") seed=(--seed "$2") ;;
+  esac
+  shift 2
+done
+[[ $recipe && $run ]] || fail "give --recipe FILE and --output_dir DIR (see --help)"
+read -ra launcher <<<"$launcher"
+
+# Checks the recipe and everything it names, and defines CYCLES, NAMES, PAIRS, ... (one array element for each student).
+plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${plan_flags[@]+"${plan_flags[@]}"}) || exit $?
+eval "$plan"
+[[ $dry ]] || recipe=$run/recipe.yaml
+
+students=${#NAMES[@]} done_count=0
+total=$((1 + CYCLES * (3 + 2 * students)))
+for ready in "${READY_BI[@]}"; do [[ $ready ]] || total=$((total + 1)); done
+
+# stage TITLE OUTPUT SCRIPT ARGUMENT...: run a script unless its output is complete.
+stage() {
+  local title=$1 output=$2 script=$3
+  shift 3
+  done_count=$((done_count + 1))
+  local command=("${launcher[@]}" "$here/$script" --recipe "$recipe" "$@" ${seed[@]+"${seed[@]}"})
+  if [[ $dry ]]; then
+    printf '%q ' "${command[@]}"; echo
+    return
+  fi
+  if [[ -f $output && $output == *.parquet ]] || grep -qs '"status": "complete"' "$output/run.json"; then
+    echo "[$done_count/$total] $title: done before" >&2
+    return
+  fi
+  echo "[$done_count/$total] $title" >&2
+  local started=$SECONDS
+  "${command[@]}" || {
+    echo "run_transencoder.sh: '$title' failed (see above). The same command again goes on from here." >&2
+    exit 1
+  }
+  echo "[$done_count/$total] $title: $((SECONDS - started)) s" >&2
+}
+
+# Step 1: one bi-encoder for each student, unless the recipe names a ready one.
+bi=()
+for i in "${!NAMES[@]}"; do
+  if [[ ${READY_BI[i]} ]]; then
+    bi+=("${READY_BI[i]}")
+    continue
+  fi
+  eval "options=(${STEP1_OPTIONS[i]})"
+  bi+=("$run/contrastive/${NAMES[i]}")
+  stage "contrastive start of ${NAMES[i]}" "${bi[i]}" train_contrastive.py --model_name_or_path "${STEP1_PLMS[i]}" \
+    --sentences "${SENTENCES[@]}" "${DEV[@]}" --output_dir "${bi[i]}" "${options[@]}"
+done
+start=("${bi[@]}")
+stage "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
+  --output_dir "$run/start"
+
+for ((cycle = 1; cycle <= CYCLES; cycle++)); do
+  folder=$run/cycle-$cycle cross=()
+
+  # Step 2: the bi-encoders' mean score labels the pairs; each student's cross-encoder starts from its raw language model.
+  stage "cycle $cycle: label with the bi-encoder" "$folder/bi-scores.parquet" score_pairs.py --encoders "${bi[@]}" \
+    --pairs "${PAIRS[@]}" --drop_duplicates --output "$folder/bi-scores.parquet"
+  for i in "${!NAMES[@]}"; do
+    eval "options=(${CROSS_OPTIONS[i]})"
+    cross+=("$folder/cross-encoder/${NAMES[i]}")
+    stage "cycle $cycle: cross-encoder of ${NAMES[i]}" "${cross[i]}" distill_bi2cross.py "${DEV[@]}" \
+      --model_name_or_path "${CROSS_PLMS[i]}" --scores "$folder/bi-scores.parquet" --output_dir "${cross[i]}" "${options[@]}"
+  done
+
+  # Step 3: the cross-encoders' mean score labels the pairs; each student's bi-encoder starts from its step-1 checkpoint.
+  stage "cycle $cycle: label with the cross-encoder" "$folder/cross-scores.parquet" score_pairs.py \
+    --encoders "${cross[@]}" --pairs "${PAIRS[@]}" --drop_duplicates --output "$folder/cross-scores.parquet"
+  for i in "${!NAMES[@]}"; do
+    eval "options=(${BI_OPTIONS[i]})"
+    bi[i]=$folder/bi-encoder/${NAMES[i]}
+    stage "cycle $cycle: bi-encoder of ${NAMES[i]}" "${bi[i]}" distill_cross2bi.py "${DEV[@]}" \
+      --model_name_or_path "${start[i]}" --scores "$folder/cross-scores.parquet" --output_dir "${bi[i]}" "${options[@]}"
+  done
+
+  stage "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
+    "${DATA[@]}" --output_dir "$folder"
+done
+
+[[ $dry ]] || python "$here/summarize_run.py" "$run"

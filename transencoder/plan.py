@@ -1,0 +1,204 @@
+"""What the driver reads from a recipe: which models, which data, how many cycles."""
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transencoder.arguments import DRIVER, STAGES, as_options, read_recipe
+from transencoder.data import read_pairs, read_sentences
+from transencoder.encoders import check_bi_encoder, check_language_model
+from transencoder.errors import InputError
+from transencoder.files import difference, write_text
+from transencoder.tasks import load_task
+
+TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
+
+
+@dataclass
+class Student:
+    """One of the language models that are trained side by side.
+
+    Args:
+        name: of its folders in the run.
+        plm: the raw language model that the cross-encoder, and step 1, start from.
+        bi_encoder: a ready bi-encoder in place of step 1.
+        cross_encoder_plm: where the cross-encoder starts from another model than `plm`.
+        train_contrastive, distill_bi2cross, distill_cross2bi: options for this student only.
+    """
+
+    name: str
+    plm: str | None = None
+    bi_encoder: str | None = None
+    cross_encoder_plm: str | None = None
+    train_contrastive: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distill_bi2cross: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distill_cross2bi: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """The recipe's `run_transencoder` section.
+
+    Args:
+        students: one for self-distillation, several for mutual distillation.
+        pairs: unlabelled pairs.
+        tasks: what is measured before and after; as evaluate_encoders.py takes them.
+        sentences: for step 1.
+        dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
+        data_dir: folder of the registered tasks.
+        cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
+    """
+
+    students: list[Student]
+    pairs: list[str]
+    tasks: list[str]
+    sentences: list[str] | None = None
+    dev: str | None = None
+    data_dir: str | None = None
+    cycles: int = 3
+
+
+def load_plan(recipe: dict[str, Any], where: str) -> Plan:
+    """Build the plan of a recipe that `read_recipe` read.
+
+    Args:
+        where: how errors name the recipe.
+    Raises:
+        InputError: no such section, an unknown or missing key, a value of the wrong kind.
+    """
+    section = dict(recipe.get(DRIVER) or {})
+    if not section:
+        raise InputError(f"{where}: no section {DRIVER!r}")
+    students = section.pop("students", None)
+    if not isinstance(students, list) or not students or not all(isinstance(item, dict) for item in students):
+        raise InputError(f"{where}: {DRIVER}.students must be a list of models (name, plm)")
+    plan = _build(Plan, {**section, "students": [_build(Student, item, where) for item in students]}, where)
+    for name in ("pairs", "tasks", "sentences"):
+        if isinstance(getattr(plan, name), str):
+            setattr(plan, name, [getattr(plan, name)])
+    if not isinstance(plan.cycles, int) or plan.cycles < 1:
+        raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
+    names = [student.name for student in plan.students]
+    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+        raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
+    for student in plan.students:
+        if not (student.cross_encoder_plm or student.plm):
+            raise InputError(f"{where}: student {student.name}: no plm")
+        if not student.bi_encoder and not (student.plm and plan.sentences):
+            raise InputError(f"{where}: student {student.name}: needs a bi_encoder, or a plm and {DRIVER}.sentences")
+        for stage in TRAINING_STAGES:
+            _check_options(stage, getattr(student, stage), where)
+    return plan
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r} in {DRIVER}; known: {', '.join(known)}")
+    for name, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and not values.get(name):
+            raise InputError(f"{where}: {DRIVER} needs {name!r}")
+    return kind(**values)
+
+
+def _check_options(stage: str, options: Any, where: str) -> None:
+    known = {f.name for f in dataclasses.fields(STAGES[stage])}
+    if not isinstance(options, dict) or set(options) - known:
+        unknown = ", ".join(sorted(set(options) - known)) if isinstance(options, dict) else repr(options)
+        raise InputError(f"{where}: unknown option of {stage}: {unknown}")
+
+
+def check_inputs(plan: Plan) -> None:
+    """Read everything the run will need, so that bad input is known before the first hour of work; it stays in the cache."""
+    for student in plan.students:
+        check_language_model(student.cross_encoder_plm or student.plm)
+        if student.bi_encoder:
+            check_bi_encoder(student.bi_encoder, student.distill_cross2bi.get("pooling"))
+        else:
+            check_language_model(student.plm)
+    read_pairs(plan.pairs)
+    if any(not student.bi_encoder for student in plan.students):
+        read_sentences(plan.sentences)
+    for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]:
+        load_task(spec, plan.data_dir)
+
+
+def resolve_recipe(path: str, plm: str | None = None, seed: int | None = None) -> dict[str, Any]:
+    """A recipe with the driver's own flags worked in.
+
+    Args:
+        plm: takes the place of the only student's language model.
+        seed: of every stage.
+    """
+    recipe = read_recipe(path)
+    if seed is not None:
+        recipe["common"] = {**recipe.get("common", {}), "seed": seed}
+    if plm is not None:
+        students = (recipe.get(DRIVER) or {}).get("students")
+        if not isinstance(students, list) or len(students) != 1 or not isinstance(students[0], dict):
+            raise InputError(f"--plm: {path} names several students; change them there")
+        students[0]["plm"] = plm
+    return recipe
+
+
+def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
+    """Write the resolved recipe into the run's folder, which makes the folder this recipe's.
+
+    Raises:
+        InputError: the folder is another recipe's (more cycles than before are allowed: the run goes on).
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        before, now = (_flat(content) for content in (read_recipe(str(path)), recipe))
+        changed = difference(before, now)
+        if changed:
+            raise InputError(f"--output_dir {folder}: holds another run's results ({changed}); choose another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--output_dir {folder}: holds files that are not this tool's; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    values = {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
+    values.pop(f"{DRIVER}.cycles", None)
+    return values
+
+
+def to_shell(plan: Plan) -> str:
+    """The plan as bash assignments: arrays with one element for each student, options as quoted words."""
+
+    def array(name: str, words: list[str]) -> str:
+        return f"{name}=({' '.join(map(shlex.quote, words))})"
+
+    def options(stage: str) -> list[str]:
+        return [shlex.join(as_options(getattr(student, stage))) for student in plan.students]
+
+    dev = [f"--dev={plan.dev}"] if plan.dev else []
+    data = [f"--data_dir={plan.data_dir}"] if plan.data_dir else []
+    return "\n".join(
+        [
+            f"CYCLES={plan.cycles}",
+            array("NAMES", [student.name for student in plan.students]),
+            array("STEP1_PLMS", [student.plm or "" for student in plan.students]),
+            array("CROSS_PLMS", [student.cross_encoder_plm or student.plm for student in plan.students]),
+            array("READY_BI", [student.bi_encoder or "" for student in plan.students]),
+            array("STEP1_OPTIONS", options("train_contrastive")),
+            array("CROSS_OPTIONS", options("distill_bi2cross")),
+            array("BI_OPTIONS", options("distill_cross2bi")),
+            array("SENTENCES", plan.sentences or []),
+            array("PAIRS", plan.pairs),
+            array("TASKS", ([plan.dev] if plan.dev else []) + plan.tasks),
+            array("DATA", data),
+            array("DEV", dev + data),
+        ]
+    )

@@ -1,0 +1,141 @@
+"""What a finished run amounts to: the table, the plot, and which of its models are the best."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transencoder.arguments import DRIVER, read_recipe
+from transencoder.errors import InputError
+from transencoder.evaluation import PRIMARY, markdown_table
+from transencoder.files import write_folder
+from transencoder.tasks import title
+
+
+@dataclass
+class Round:
+    """One encoder of the run and what it measured.
+
+    Args:
+        cycle: 0 for the start.
+        kind: "bi" or "cross".
+        student: name of its language model in the run.
+        path: its folder.
+        values: task title -> primary metric x 100.
+    """
+
+    cycle: int
+    kind: str
+    student: str
+    path: str
+    values: dict[str, float]
+
+    @property
+    def step(self) -> str:
+        """As the table and the plot's axis call it."""
+        return f"cycle {self.cycle}, {self.kind}-encoder" if self.cycle else "start, bi-encoder"
+
+
+def collect_rounds(run: Path) -> list[Round]:
+    """Every measured encoder of a run, in the order in which they were made.
+
+    Raises:
+        InputError: nothing was measured there.
+    """
+    folders = [run / "start", *sorted(run.glob("cycle-*"), key=lambda path: int(path.name.partition("-")[2]))]
+    students = [student["name"] for student in _recipe_students(run)]
+    rounds: list[Round] = []
+    for cycle, folder in enumerate(folders):
+        if not (folder / "results.json").is_file():
+            continue
+        found: dict[str, Round] = {}
+        for entry in json.loads((folder / "results.json").read_text(encoding="utf-8")):
+            (path,) = entry["encoders"]
+            if path not in found:
+                same_kind = sum(entry["kind"] == other.kind for other in found.values())
+                found[path] = Round(cycle, entry["kind"], students[same_kind], path, {})
+            if entry["metric"] in PRIMARY:
+                found[path].values[title(entry["task"], entry["split"])] = entry["value"]
+        rounds += found.values()
+    if not rounds:
+        raise InputError(f"{run}: holds no results")
+    return rounds
+
+
+def _recipe_students(run: Path) -> list[dict[str, Any]]:
+    return read_recipe(str(run / "recipe.yaml"))[DRIVER]["students"]
+
+
+def tests_of(rounds: list[Round]) -> list[str]:
+    """The titles that are not dev sets."""
+    return [name for name in rounds[0].values if not name.endswith(".dev")]
+
+
+def dev_of(rounds: list[Round]) -> str | None:
+    """The title of the dev set."""
+    return next((name for name in rounds[0].values if name.endswith(".dev")), None)
+
+
+def summary_table(rounds: list[Round]) -> str:
+    """Markdown: a row for each encoder, a column for each set, the mean of the test sets last."""
+    names, tests = list(rounds[0].values), tests_of(rounds)
+    several = len({r.student for r in rounds}) > 1
+    rows = []
+    for r in rounds:
+        mean = [f"{np.mean([r.values[name] for name in tests]):.2f}"] if len(tests) > 1 else []
+        label = f"{r.step} ({r.student})" if several else r.step
+        rows.append([label, *(f"{r.values[name]:.2f}" for name in names), *mean])
+    return markdown_table(["encoder", *names, *(["mean of tests"] if len(tests) > 1 else [])], rows)
+
+
+def best_round(rounds: list[Round], kind: str) -> Round:
+    """The encoder with the best dev score, the start included; without a dev set that of the last cycle."""
+    dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind]
+    if dev is None:
+        return next(r for r in candidates if r.cycle == candidates[-1].cycle)
+    return max(candidates, key=lambda r: r.values[dev])
+
+
+def keep_best(run: Path, rounds: list[Round]) -> list[str]:
+    """Copy the best encoder of each kind to `best/`; a line about each."""
+    lines, dev = [], dev_of(rounds)
+    for kind in ("bi", "cross"):
+        best = best_round(rounds, kind)
+        target = run / "best" / f"{kind}-encoder"
+        if Path(best.path).is_dir():
+            write_folder(target, lambda folder, source=best.path: shutil.copytree(source, folder, dirs_exist_ok=True))
+            why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
+            lines.append(f"`best/{kind}-encoder` is {best.step} of {best.student} ({why}).")
+        else:
+            lines.append(f"The best {kind}-encoder is the start itself, {best.path}: no copy was made.")
+    return lines
+
+
+def plot_progress(path: Path, rounds: list[Round]) -> None:
+    """A PNG of score against half-cycle: one panel for each student, one line for each test set."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
+    students = list(dict.fromkeys(r.student for r in rounds))
+    figure, axes = plt.subplots(
+        1, len(students), figsize=(1.5 + 4.5 * len(students), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, student in zip(axes[0], students, strict=True):
+        own = [r for r in rounds if r.student == student]
+        labels = [f"{r.kind} {r.cycle}" if r.cycle else "start" for r in own]
+        for name in tests_of(rounds):
+            axis.plot(labels, [r.values[name] for r in own], marker="o", label=name)
+        axis.set_title(student)
+        axis.set_xlabel("half-cycle")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("Spearman or AUC, x 100")
+    axes[0][-1].legend(title="test set", fontsize="small")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)
