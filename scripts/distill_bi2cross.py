@@ -18,7 +18,7 @@ from transencoder.data import PairInputs
 from transencoder.encoders import CrossEncoder, check_language_model
 from transencoder.errors import one_line_errors
 from transencoder.files import claim, write_run
-from transencoder.losses import soft_bce
+from transencoder.losses import bce_targets, soft_bce
 from transencoder.runtime import finish, log, start
 from transencoder.scoring import pseudo_labels
 from transencoder.tasks import load_dev
@@ -46,6 +46,7 @@ def main() -> None:
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
     encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
     rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, arguments.swap)
+    rows.scores = bce_targets(rows.scores, arguments.negatives)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         return soft_bce(model(**batch["inputs"]), batch["scores"])

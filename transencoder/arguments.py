@@ -131,6 +131,9 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
     total_batch_size: int = option("Pairs in one step, all processes together.", 32)
     max_length: int = option("Most tokens of a pair.", 64)
     warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.1)
+    negatives: Literal["shift", "clip"] = option(
+        "Negative cosines. shift: map [lowest, 1] to [0, 1], so that no difference is lost; clip: they become 0.", "shift"
+    )
     swap: bool = option("Train on (a, b) and on (b, a); switch off where order matters, as in QNLI.", True)
 
 

@@ -1,5 +1,6 @@
 """The three losses of the method. All compute in float32, whatever the autocast type."""
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
@@ -27,17 +28,31 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
     return F.cross_entropy(first @ second.T / temperature, targets)
 
 
-def soft_bce(logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Loss of step 2 (paper section 2.2): binary cross-entropy of the logit against the bi-encoder's cosine.
+def bce_targets(scores: np.ndarray, negatives: str) -> np.ndarray:
+    """Cosines as targets of binary cross-entropy, which must lie in [0, 1].
 
-    A cosine below 0 becomes the target 0: the loss of a negative target has no minimum, so it would push the logit of such
-    a pair towards minus infinity, and a contrastive start gives only a small share of them.
+    The paper takes the raw cosine and does not say what becomes of a negative one. Its loss has no minimum: the logit would
+    be pushed to minus infinity.
+
+    Args:
+        scores: float [n], cosines.
+        negatives: "shift" maps the lowest cosine to 0 and leaves 1 at 1, linearly, so that every difference between two
+            pairs is kept; "clip" makes every negative cosine 0. Without negative cosines both change nothing.
+    """
+    if negatives == "shift":
+        lowest = min(float(scores.min()), 0.0)
+        scores = (scores - lowest) / (1.0 - lowest)
+    return scores.clip(0.0, 1.0)
+
+
+def soft_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss of step 2 (paper section 2.2): binary cross-entropy of the logit against the bi-encoder's score.
 
     Args:
         logits: float [n].
-        scores: float [n], cosines in [-1, 1] or scores in [0, 1].
+        targets: float [n], in [0, 1]; see `bce_targets`.
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), scores.float().clamp(0.0, 1.0))
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
 def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,149 @@
+"""A tiny random BERT, and what runs the scripts as a user does."""
+
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+WORDS = "how do i change my password mail address order refund card the a is not late parcel cancel pay plan app".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """The tests write to a `datasets` cache of their own, in this process and in those it starts."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    datasets.config.HF_DATASETS_CACHE = folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Word pieces: the known words, and letters for all others."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = SPECIAL + WORDS + [p for x in letters for p in (x, f"##{x}") if p not in WORDS]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """Folder of a random two-layer BERT, 32 wide."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct sentences of three to nine known words."""
+    draw = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(draw.choices(WORDS, k=draw.randint(3, 9)))] = None
+    return list(found)
+
+
+def random_pairs(count: int, seed: int = 0) -> list[dict]:
+    """Pairs with a score that depends on the words they share, so that there is something to learn."""
+    draw = random.Random(seed)
+    sentences = random_sentences(count, seed)
+    rows = []
+    for first in sentences:
+        second = first.split()
+        for place in draw.sample(range(len(second)), draw.randint(0, len(second) - 1)):
+            second[place] = draw.choice(WORDS)
+        shared = len(set(first.split()) & set(second)) / len(set(first.split()) | set(second))
+        rows.append({"sentence1": first, "sentence2": " ".join(second), "score": 5 * shared})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with sentences.txt, pairs.jsonl (unlabelled) and dev.jsonl, test.jsonl (with scores)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "sentences.txt").write_text("\n".join(random_sentences(96)) + "\n", encoding="utf-8")
+    pairs = random_pairs(64)
+    write_jsonl(folder / "pairs.jsonl", [{k: row[k] for k in ("sentence1", "sentence2")} for row in pairs])
+    write_jsonl(folder / "dev.jsonl", random_pairs(40, seed=1))
+    write_jsonl(folder / "test.jsonl", random_pairs(40, seed=2))
+    return folder
+
+
+def launch(script: str, *words: object, processes: int = 1, direct: bool = False) -> subprocess.CompletedProcess:
+    """Run a script: through `accelerate launch` with one or two processes, or `direct`ly with Python."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"]
+    if processes == 1:
+        launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+    else:
+        # "--cpu --num_processes 2" would silently run one process.
+        launcher += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    command = [sys.executable] if direct else launcher
+    return subprocess.run(
+        [*command, str(ROOT / "scripts" / script), *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script in this process, as `python scripts/NAME` would: for what ends before any model is loaded."""
+
+    def run(script: str, *words: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *map(str, words)])
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, code, out, err)
+
+    return run

@@ -1,0 +1,194 @@
+"""The driver, end to end, on a tiny model; resuming; and the README's commands against the scripts' own parsers."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, make_tokenizer
+
+DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
+
+
+def drive(*words, path_first=None):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+    return subprocess.run([*DRIVER, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def second_bert(tiny_bert, tmp_path_factory):
+    """Another architecture with another tokenizer: a tiny DistilBERT that knows fewer words."""
+    import torch
+    from transformers import DistilBertConfig, DistilBertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-distilbert"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(1)
+    size = dict(dim=24, n_layers=1, n_heads=2, hidden_dim=48, max_position_embeddings=64)
+    DistilBertModel(DistilBertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_bert, second_bert, corpus, tmp_path_factory):
+    """Mutual distillation of two students, one of which has a cross-encoder of another architecture."""
+    stage = dict(total_batch_size=16, learning_rate=1e-3, num_epochs=1, eval_steps=100)
+    content = {
+        "common": {"mixed_precision": "no"},
+        "run_transencoder": {
+            "students": [
+                {"name": "one", "plm": str(tiny_bert), "train_contrastive": {"temperature": 0.1}},
+                {"name": "two", "plm": str(tiny_bert), "cross_encoder_plm": str(second_bert)},
+            ],
+            "sentences": str(corpus / "sentences.txt"),
+            "pairs": str(corpus / "pairs.jsonl"),
+            "dev": f"mine.dev={corpus / 'dev.jsonl'}",
+            "tasks": [f"mine={corpus / 'test.jsonl'}", f"other={corpus / 'dev.jsonl'}"],
+            "cycles": 1,
+        },
+        "train_contrastive": {**stage, "pooling": "mean"},
+        "distill_bi2cross": stage,
+        "distill_cross2bi": stage,
+    }
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.slow
+def test_the_driver_runs_resumes_and_goes_on_with_more_cycles(recipe, second_bert, tmp_path):
+    run = tmp_path / "run"
+    launcher = f"accelerate launch --config_file {ROOT / 'accelerate_configs' / 'cpu.yaml'}"
+    words = ["--recipe", recipe, "--output_dir", run, "--launcher", launcher]
+    result = drive(*words)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    # What it leaves behind.
+    cycle = run / "cycle-1"
+    for path in ("bi-scores.parquet", "cross-encoder/one", "cross-scores.parquet", "bi-encoder/two", "results.json"):
+        assert (cycle / path).exists(), path
+    assert json.loads((cycle / "cross-encoder/two/config.json").read_text())["model_type"] == "distilbert"
+    assert json.loads((run / "contrastive/one/run.json").read_text())["arguments"]["temperature"] == 0.1
+    assert (run / "progress.png").read_bytes().startswith(b"\x89PNG")
+    table = (run / "results.md").read_text()
+    assert table in table and "start, bi-encoder (one)" in table and "cycle 1, cross-encoder (two)" in table
+    assert "mean of tests" in table and "mine.dev" in table
+    import sentence_transformers
+
+    sentence_transformers.CrossEncoder(str(run / "best/cross-encoder"), device="cpu")
+    if (run / "best/bi-encoder").exists():  # otherwise the start is the best
+        sentence_transformers.SentenceTransformer(str(run / "best/bi-encoder"), device="cpu")
+
+    # The same command again does nothing; with a stage's output gone, it does that stage.
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors") if "best" not in path.parts}
+    shutil.rmtree(cycle / "bi-encoder/two")
+    again = drive(*words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    redone = {path for path in before if path.stat().st_mtime_ns != before[path]}
+    assert redone == {cycle / "bi-encoder/two/model.safetensors"}
+    assert again.stderr.count("done before") == 8
+
+    # Another recipe must not write there; the same one with other flags is another one.
+    other = drive(*words, "--seed", 3)
+    assert other.returncode == 2 and "common.seed" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
+    result = drive("--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run", "--seed", 7)
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert len(commands) == 9 and not (tmp_path / "run").exists()
+    for command in commands:
+        arguments = parsed(command[2:])
+        assert arguments.seed == 7 and arguments.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pairs": "nowhere.tsv"}, ["nowhere.tsv", "no such file"]),
+        ({"cycles": 0}, ["cycles"]),
+        ({"cylces": 2}, ["cylces"]),
+        ({"tasks": "sts99"}, ["sts99"]),
+        ({"students": [{"name": "a", "plm": "no/model"}]}, ["no/model", "Hub"]),
+    ],
+)
+def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, change, words, run_script):
+    content = yaml.safe_load(recipe.read_text())
+    content["run_transencoder"].update(change)
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(content))
+    result = run_script("plan_run.py", "--recipe", path, "--output_dir", tmp_path / "run")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_the_driver_refuses_what_it_does_not_know():
+    result = drive("--recipie", "x")
+    assert result.returncode == 2 and "--recipie" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def parsed(words):
+    """A script's arguments from the words after the launcher, by the script's own parser."""
+    from transencoder.arguments import parse_stage
+
+    while not words[0].endswith(".py"):
+        words = words[1:]
+    script = ROOT / "scripts" / words[0].rpartition("/")[2]
+    assert script.is_file(), script
+    return parse_stage(script.stem, argv=words[1:])
+
+
+def documented_commands():
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.lstrip().startswith("#"):
+                    yield page.name, line.split("  #")[0].strip()
+
+
+@pytest.mark.parametrize(("page", "line"), documented_commands())
+def test_commands_in_the_documentation_are_accepted(page, line, tmp_path):
+    words = shlex.split(line)
+    while "=" in words[0]:
+        words = words[1:]
+    if words[0] == "accelerate":
+        parsed(words[2:])
+    elif words[0] == "bash":
+        script = ROOT / words[1]
+        assert script.is_file(), line
+        usage = script.read_text()
+        for flag in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
+            assert flag in usage or script.name == "test.sh", f"{flag} in {line}"
+        for path in (word for word in words if word.startswith("recipes/")):
+            assert (ROOT / path).is_file(), path
+    else:
+        assert words[0] in {"git", "cd", "pip", "source", "python", "python3", "hf"}, line
+
+
+def test_every_recipe_is_understood():
+    from transencoder.arguments import STAGES, as_options, parse_stage, read_recipe
+    from transencoder.plan import load_plan
+
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        recipe = read_recipe(str(path))
+        load_plan(recipe, str(path))
+        required = {
+            "train_contrastive": "--model_name_or_path m --sentences s --output_dir o",
+            "score_pairs": "--encoders e --pairs p --output o",
+            "distill_bi2cross": "--model_name_or_path m --scores s --output_dir o",
+            "distill_cross2bi": "--model_name_or_path m --scores s --output_dir o",
+            "evaluate_encoders": "--encoders e --tasks stsb --output_dir o",
+        }
+        for stage in STAGES:
+            arguments = parse_stage(stage, argv=["--recipe", str(path), *required[stage].split()])
+            for name, value in recipe.get(stage, {}).items():
+                assert getattr(arguments, name) == value, f"{path}: {stage}.{name}"
+        assert as_options({"a": None}) == []
