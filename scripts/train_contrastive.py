@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from torch import Tensor, nn
 
 from transencoder.arguments import parse_stage
-from transencoder.data import DropoutViews, MaskedViews, read_sentences, sample
+from transencoder.data import DropoutViews, MaskedViews
 from transencoder.encoders import BiEncoder, MLPHead, add_drophead, check_language_model
 from transencoder.errors import one_line_errors
 from transencoder.files import claim, write_run
 from transencoder.losses import info_nce
 from transencoder.runtime import finish, log, start
+from transencoder.tables import read_sentences, sample
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, count_pieces, select_by, train
 
@@ -43,9 +44,7 @@ def main() -> None:
 
     # Drophead takes the place of dropout (Mirror-BERT, section 3).
     dropout = 0.0 if arguments.drophead and arguments.dropout is None else arguments.dropout
-    encoder = BiEncoder.from_pretrained(
-        arguments.model_name_or_path, arguments.pooling, arguments.max_length, dropout
-    )
+    encoder = BiEncoder.from_pretrained(arguments.model_name_or_path, arguments.pooling, arguments.max_length, dropout)
     if arguments.mlp_head:
         encoder.head = MLPHead(encoder.backbone.config.hidden_size)
     if arguments.drophead:

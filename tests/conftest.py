@@ -15,7 +15,29 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-WORDS = "how do i change my password mail address order refund card the a is not late parcel cancel pay plan app".split()
+WORDS = [
+    "how",
+    "do",
+    "i",
+    "change",
+    "my",
+    "password",
+    "mail",
+    "address",
+    "order",
+    "refund",
+    "card",
+    "the",
+    "a",
+    "is",
+    "not",
+    "late",
+    "parcel",
+    "cancel",
+    "pay",
+    "plan",
+    "app",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -115,8 +137,19 @@ def corpus(tmp_path_factory) -> Path:
 
 def launch(script: str, *words: object, processes: int = 1, direct: bool = False) -> subprocess.CompletedProcess:
     """Run a script: through `accelerate launch` with one or two processes, or `direct`ly with Python."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
     if processes == 1:
         launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
     else:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -36,7 +37,8 @@ ROWS = [("pay my card", "cancel my plan"), ("é “NA”", "late, is it"), ("pay
 SCORES = [0.5, 4.0, -1.25]
 WITH_SCORES = {
     ".txt": "pay my card||cancel my plan||0.5\né “NA”||late, is it||4\npay my card||the app||-1.25\n",
-    ".tsv": "score\tsentence2\tsentence1\n0.5\tcancel my plan\tpay my card\n4\tlate, is it\té “NA”\n-1.25\tthe app\tpay my card\n",
+    ".tsv": "score\tsentence2\tsentence1\n0.5\tcancel my plan\tpay my card\n4\tlate, is it\té “NA”\n"
+    "-1.25\tthe app\tpay my card\n",
     ".csv": 'sentence1,id,sentence2,score\npay my card,1,cancel my plan,0.5\né “NA”,2,"late, is it",4\n'
     "pay my card,3,the app,-1.25\n",
     ".jsonl": "".join(
@@ -262,7 +264,7 @@ def test_missing_file_folder_unknown_suffix_and_empty_file_are_refused(tmp_path)
         assert refusal(tmp_path / f"empty{suffix}") == "the file is empty"
 
 
-@pytest.mark.parametrize(("suffix", "header"), [(".csv", "sentence1,sentence2\n"), (".tsv", "sentence1\tsentence2")])
+@pytest.mark.parametrize(("suffix", "header"), [(".csv", "sentence1,sentence2\n"), (".tsv", "sentence1\tsentence2\n")])
 def test_a_file_with_a_header_only_is_refused(tmp_path, suffix, header):
     assert refusal(write(tmp_path / f"pairs{suffix}", header)) == "no rows"
 
@@ -479,6 +481,7 @@ def test_fewer_than_two_distinct_sentences_are_refused(tmp_path):
 
 
 def test_a_hub_data_set_that_cannot_be_loaded_is_refused():
+    assert datasets.config.HF_HUB_OFFLINE  # else this would ask the network
     assert refusal("nobody/no-such-pairs:train").startswith("cannot be loaded from the Hub (")
 
 
@@ -628,10 +631,14 @@ def test_unique_sentences_and_their_places_give_the_pairs_back():
 LENGTHS = np.random.default_rng(0).integers(3, 65, size=1003)
 
 
+def rows_of(batches: Iterable[list[int]]) -> list[int]:
+    return [row for batch in batches for row in batch]
+
+
 def full_batches(sampler: LengthWindowSampler) -> list[list[int]]:
     """The sampler's batches, pieces put together."""
     pieces = list(sampler)
-    return [sum(pieces[i : i + sampler.pieces], []) for i in range(0, len(pieces), sampler.pieces)]
+    return [rows_of(pieces[i : i + sampler.pieces]) for i in range(0, len(pieces), sampler.pieces)]
 
 
 def padded_tokens(batches: list[list[int]]) -> int:
@@ -645,7 +652,7 @@ def test_each_row_comes_at_most_once_and_only_full_batches_come(window):
     assert sampler.batches == 62  # 1003 = 62 * 16 + 11
     assert len(sampler) == len(pieces) == 124
     assert {len(piece) for piece in pieces} == {sampler.batch_size} == {8}
-    rows = sum(pieces, [])
+    rows = rows_of(pieces)
     assert len(set(rows)) == len(rows) == 992
     assert set(rows) <= set(range(1003))
 
@@ -673,7 +680,7 @@ def test_rows_left_out_of_one_epoch_come_in_another():
     sampler = LengthWindowSampler(LENGTHS, 16, 1, 8, seed=1)
     seen = set()
     for sampler.epoch in range(5):
-        seen |= set(sum(sampler, []))
+        seen |= set(rows_of(sampler))
     assert seen == set(range(1003))
 
 

@@ -18,7 +18,9 @@ DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 def drive(*words, path_first=None):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
-    return subprocess.run([*DRIVER, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
+    return subprocess.run(
+        [*DRIVER, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,18 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs, write_jsonl
 
-QUICK = ["--total_batch_size", 16, "--eval_steps", 4, "--mixed_precision", "no", "--dropout", 0, "--learning_rate", "1e-3"]
+QUICK = [
+    "--total_batch_size",
+    16,
+    "--eval_steps",
+    4,
+    "--mixed_precision",
+    "no",
+    "--dropout",
+    0,
+    "--learning_rate",
+    "1e-3",
+]
 
 
 def run_file(folder):
@@ -93,7 +104,9 @@ def test_scores_keep_the_order_and_do_not_depend_on_the_number_of_processes(star
     pairs = [json.loads(line) for line in (corpus / "pairs.jsonl").read_text().splitlines()]
     assert one["sentence1"] == [pair["sentence1"] for pair in pairs]
     assert one["sentence2"] == other["sentence2"] == [pair["sentence2"] for pair in pairs]
-    np.testing.assert_allclose(other["score"], one["score"], atol=2e-2)  # `one` was scored with autocast where there is bf16
+    np.testing.assert_allclose(
+        other["score"], one["score"], atol=2e-2
+    )  # `one` was scored with autocast where there is bf16
 
 
 @pytest.mark.slow
@@ -112,7 +125,9 @@ def test_several_encoders_of_both_kinds_are_averaged(start, cross, corpus, tmp_p
 
 
 @pytest.mark.slow
-def test_cross_encoder_is_the_same_with_two_processes_and_with_accumulation(tiny_bert, bi_scores, corpus, cross, tmp_path):
+def test_cross_encoder_is_the_same_with_two_processes_and_with_accumulation(
+    tiny_bert, bi_scores, corpus, cross, tmp_path
+):
     two = train_cross(tiny_bert, bi_scores, corpus, tmp_path / "two", 2)
     pieces = train_cross(tiny_bert, bi_scores, corpus, tmp_path / "pieces", 1, "--micro_batch_size", 4)
     assert run_file(two)["world_size"] == 2 and run_file(pieces)["gradient_accumulation_steps"] == 4
@@ -158,8 +173,19 @@ def test_a_run_of_its_own_is_not_done_twice_and_another_one_is_refused(start, ti
     before = (start / "model.safetensors").stat().st_mtime_ns
     train_start(tiny_bert, corpus, start)
     assert (start / "model.safetensors").stat().st_mtime_ns == before
-    words = ["--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt", "--output_dir", start, "--seed", 5]
-    refused(launch("train_contrastive.py", *words, direct=True), str(start), "holds another run's results", "--overwrite")
+    words = [
+        "--model_name_or_path",
+        tiny_bert,
+        "--sentences",
+        corpus / "sentences.txt",
+        "--output_dir",
+        start,
+        "--seed",
+        5,
+    ]
+    refused(
+        launch("train_contrastive.py", *words, direct=True), str(start), "holds another run's results", "--overwrite"
+    )
     assert (start / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -188,7 +214,11 @@ BAD = {
     "no such file": ("missing.tsv", None, ["missing.tsv", "no such file"]),
     "empty file": ("empty.tsv", "", ["empty.tsv", "empty"]),
     "empty sentence": ("hole.tsv", "sentence1\tsentence2\na\tb\nc\t\n", ["hole.tsv", "row 2", "sentence2"]),
-    "wrong column": ("column.tsv", "question1\tsentence2\na\tb\n", ["column.tsv", "sentence1", "question1", "--columns"]),
+    "wrong column": (
+        "column.tsv",
+        "question1\tsentence2\na\tb\n",
+        ["column.tsv", "sentence1", "question1", "--columns"],
+    ),
     "one sentence": ("one.tsv", "sentence1\tsentence2\na\ta\n", ["one.tsv", "fewer than two"]),
 }
 

@@ -1,4 +1,7 @@
-"""Every stage's arguments, with the paper's values as defaults. Command line > recipe > default; an unknown key is an error."""
+"""Every stage's arguments, with the paper's values as defaults.
+
+Command line > recipe > default; an unknown key is an error.
+"""
 
 import dataclasses
 import sys
@@ -39,7 +42,9 @@ class ReportArguments:
     """Where a stage that measures something reports it."""
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = option("Experiment tracker.", "none")
-    data_dir: str | None = option("Folder with the evaluation tasks as NAME.jsonl(.gz); without it they come by Hub.", None)
+    data_dir: str | None = option(
+        "Folder with the evaluation tasks as NAME.jsonl(.gz); without it they come by Hub.", None
+    )
 
 
 @dataclass
@@ -50,7 +55,8 @@ class TrainingArguments(ReportArguments, StageArguments):
     learning_rate: float = option("Peak learning rate.")
     total_batch_size: int = option("Examples in one optimizer step, over all processes and accumulation steps.")
     micro_batch_size: int | None = option(
-        "Most examples in one forward pass of one process; accumulation follows from it. Default: no accumulation.", None
+        "Most examples in one forward pass of one process; accumulation follows from it. Default: no accumulation.",
+        None,
     )
     num_epochs: int = option("Passes over the data.", 1)
     max_steps: int | None = option("Stop after this many optimizer steps, whatever num_epochs says.", None)
@@ -60,10 +66,12 @@ class TrainingArguments(ReportArguments, StageArguments):
     max_length: int = option("Most tokens of one input; the rest is cut off.", 64)
     dropout: float | None = option("Dropout of the encoder. Default: what its configuration says.", None)
     length_window: int = option(
-        "Batches are cut from windows of this many shuffled batches sorted by length, which saves padding. 1: plain shuffle.",
+        "Batches are cut from windows of so many shuffled batches, sorted by length: less padding. 1: plain shuffle.",
         32,
     )
-    dev: str | None = option("Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None)
+    dev: str | None = option(
+        "Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None
+    )
     eval_steps: int = option("Dev evaluation every this many steps, and at each epoch's end.", 200)
     select_by: Literal["dev", "last"] | None = option(
         "Which checkpoint is kept: the best on --dev, or the last. Default: dev when --dev is given.", None
@@ -76,16 +84,24 @@ class ContrastiveArguments(TrainingArguments):
 
     model_name_or_path: str = option("Pretrained language model: Hub id or folder.")
     sentences: list[str] = option("Unlabelled sentences: FILE(s) or Hub dataset id(s).")
-    method: Literal["simcse", "mirror"] = option("simcse: dropout twice. mirror: also random span masking on one side.", "simcse")
+    method: Literal["simcse", "mirror"] = option(
+        "simcse: dropout twice. mirror: also random span masking on one side.", "simcse"
+    )
     num_sentences: int | None = option("Random subset of this size. simcse: all sentences; mirror: 10000.", None)
     learning_rate: float | None = option("Peak learning rate. simcse: 3e-5; mirror: 2e-5.", None)
-    total_batch_size: int | None = option("Sentences in one step, all processes together. simcse: 64; mirror: 200.", None)
+    total_batch_size: int | None = option(
+        "Sentences in one step, all processes together. simcse: 64; mirror: 200.", None
+    )
     max_length: int | None = option("Most tokens of a sentence. simcse: 32; mirror: 50.", None)
     temperature: float | None = option("Temperature of InfoNCE. simcse: 0.05; mirror: 0.04.", None)
-    mlp_head: bool | None = option("Dense + tanh on top in training, dropped afterwards. simcse: true; mirror: false.", None)
+    mlp_head: bool | None = option(
+        "Dense + tanh on top in training, dropped afterwards. simcse: true; mirror: false.", None
+    )
     pooling: Literal["cls", "mean"] = option("How token vectors become a sentence vector.", "cls")
     mask_characters: int = option("mirror: length of the masked span, in characters of sentences with >= 30.", 5)
-    drophead: float = option("Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).", 0.0)
+    drophead: float = option(
+        "Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).", 0.0
+    )
     # Batches of one length would hand InfoNCE negatives that length alone cannot tell apart; step 1 shuffles plainly.
     length_window: int = option("As in the other stages; 1: plain shuffle.", 1)
 
@@ -132,7 +148,8 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
     max_length: int = option("Most tokens of a pair.", 64)
     warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.1)
     negatives: Literal["shift", "clip"] = option(
-        "Negative cosines. shift: map [lowest, 1] to [0, 1], so that no difference is lost; clip: they become 0.", "shift"
+        "Negative cosines. shift: map [lowest, 1] to [0, 1], so that no difference is lost; clip: they become 0.",
+        "shift",
     )
     swap: bool = option("Train on (a, b) and on (b, a); switch off where order matters, as in QNLI.", True)
 
@@ -157,7 +174,9 @@ class ScoringArguments(StageArguments):
     pairs: list[str] = option("Pairs to score: FILE(s) or Hub dataset id(s).")
     output: str = option("Parquet file to write: sentence1, sentence2, score, in the order of the input.")
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
-    pooling: Literal["cls", "mean"] | None = option("Only for a plain language model, which does not say how it pools.", None)
+    pooling: Literal["cls", "mean"] | None = option(
+        "Only for a plain language model, which does not say how it pools.", None
+    )
 
 
 @dataclass
@@ -165,10 +184,14 @@ class EvaluationArguments(ReportArguments, StageArguments):
     """Tables."""
 
     encoders: list[str] = option("Bi- and cross-encoders to evaluate: folders or Hub ids.")
-    tasks: list[str] = option("Tasks (sts12 ... stsb sickr qqp qnli mrpc, stsb.dev, ...) or NAME=FILE with gold labels.")
+    tasks: list[str] = option(
+        "Tasks (sts12 ... stsb sickr qqp qnli mrpc, stsb.dev, ...) or NAME=FILE with gold labels."
+    )
     output_dir: str = option("Folder for results.json and results.md.")
     ensemble: bool = option("Evaluate the mean of all encoders' scores, not each encoder.", False)
-    pooling: Literal["cls", "mean"] | None = option("Only for a plain language model, which does not say how it pools.", None)
+    pooling: Literal["cls", "mean"] | None = option(
+        "Only for a plain language model, which does not say how it pools.", None
+    )
 
 
 STAGES = {
@@ -193,6 +216,7 @@ class StageParser(HfArgumentParser):
         )
 
     def error(self, message: str) -> None:
+        """Say what is wrong; without argparse's usage lines."""
         report_and_exit(message)
 
 

@@ -14,8 +14,14 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from transencoder.errors import InputError
 from transencoder.files import write_json
@@ -32,7 +38,7 @@ KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}  # Normalize changes no 
 ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
 
 
-# --- what a name stands for -------------------------------------------------------------------------------------------
+# --- what a name stands for ------------------------------------------------------------------------------------------
 
 
 def inspect_encoder(name: str) -> Kind:
@@ -106,7 +112,9 @@ def check_bi_encoder(name: str, pooling: str | None) -> None:
     if kind == "cross":
         raise InputError(f"{name}: a cross-encoder, where a bi-encoder is needed")
     if kind == "plm" and pooling is None:
-        raise InputError(f"{name}: a plain language model does not say how it pools; add --pooling cls or --pooling mean")
+        raise InputError(
+            f"{name}: a plain language model does not say how it pools; add --pooling cls or --pooling mean"
+        )
     if kind == "bi":
         _read_pooling(name)
 
@@ -128,9 +136,15 @@ def _read_pooling(name: str) -> str:
     """The pooling of a sentence-transformers folder, in its older form (one flag a mode) or its newer one (a name)."""
     modules = [module["type"].rsplit(".", 1)[-1] for module in read_model_file(name, "modules.json")]
     if set(modules) - KNOWN_MODULES or modules[:2] != ["Transformer", "Pooling"]:
-        raise InputError(f"{name}: its modules are {', '.join(modules)}; only Transformer, Pooling and Normalize are supported")
+        raise InputError(
+            f"{name}: its modules are {', '.join(modules)}; only Transformer, Pooling and Normalize are supported"
+        )
     config = read_model_file(name, "1_Pooling/config.json") or {}
-    modes = {mode.removeprefix("pooling_mode_") for mode, on in config.items() if mode.startswith("pooling_mode_") and on is True}
+    modes = {
+        mode.removeprefix("pooling_mode_")
+        for mode, on in config.items()
+        if mode.startswith("pooling_mode_") and on is True
+    }
     named = config.get("pooling_mode")
     modes |= set([named] if isinstance(named, str) else named or [])
     for pooling in POOLINGS:
@@ -139,7 +153,7 @@ def _read_pooling(name: str) -> str:
     raise InputError(f"{name}: pooling {'+'.join(sorted(modes)) or 'unknown'}; only cls and mean are supported")
 
 
-# --- the models -------------------------------------------------------------------------------------------------------
+# --- the models ------------------------------------------------------------------------------------------------------
 
 
 class BiEncoder(nn.Module):
@@ -281,7 +295,9 @@ def add_drophead(encoder: BiEncoder, probability: float) -> None:
     """
     layers = [module for name, module in encoder.backbone.named_modules() if ATTENTION_OUTPUT.search(name)]
     if not layers:
-        raise InputError(f"--drophead: the attention layers of a {encoder.backbone.config.model_type} model are not known")
+        raise InputError(
+            f"--drophead: the attention layers of a {encoder.backbone.config.model_type} model are not known"
+        )
     heads = encoder.backbone.config.num_attention_heads
 
     def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:

@@ -19,7 +19,7 @@ def report_and_exit(message: str) -> None:
 
 
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Turn an `InputError` raised by a script's `main` into one line and exit code 2. Other errors keep their traceback."""
+    """Turn an `InputError` of a script's `main` into one line and exit code 2; other errors keep their traceback."""
 
     @functools.wraps(main)
     def wrapper() -> None:

@@ -46,7 +46,11 @@ class AUC(ScipyMetric):
         scores, labels = np.asarray(predictions), np.asarray(references) > 0.5
         pairs = int(labels.sum()) * int((~labels).sum())
         # Mann and Whitney's U counts just that, by ranks.
-        return {"auc": 100 * float(stats.mannwhitneyu(scores[labels], scores[~labels]).statistic) / pairs if pairs else math.nan}
+        return {
+            "auc": 100 * float(stats.mannwhitneyu(scores[labels], scores[~labels]).statistic) / pairs
+            if pairs
+            else math.nan
+        }
 
 
 def _defined(correlation: Any, predictions: list[float], references: list[float]) -> float:
@@ -99,7 +103,7 @@ def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
-    """results.json's entries as a Markdown table: a row an encoder, a column a task (its primary metric), and the mean."""
+    """results.json's entries as a Markdown table: a row for each encoder, a column for each task, and the mean."""
     shown = [entry for entry in results if entry["metric"] in PRIMARY]
     titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
     rows: dict[str, dict[str, float]] = {}

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
 import torch
+import transformers
 
 import transencoder
 from transencoder.errors import InputError
@@ -65,7 +65,8 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     Args:
         arguments: with output_dir and overwrite.
         stage: the script's name without ".py".
-        result: the file that the stage writes, where it may lie beside other files; by default the folder is all its own.
+        result: the file that the stage writes, where it may lie beside other files; by default the folder is all its
+            own.
     Returns:
         Whether the folder already holds this very run's result.
     Raises:
@@ -95,7 +96,7 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
 
 
 def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
-    """Record what makes, or made, the output folder. `status`: "running", or "complete", which is written last of all."""
+    """Record what makes the output folder. `status`: "running", or "complete", which is written last of all."""
     folder = Path(arguments.output_dir)
     versions = {module.__name__: module.__version__ for module in (transencoder, torch, transformers)}
     content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Contrastive loss of step 1 (paper section 2.1): the i-th row of `second` against all others, for each row of `first`.
+    """Contrastive loss of step 1 (paper section 2.1): row i of `second` against its other rows, for row i of `first`.
 
-    The rows of `second` of every process are candidates, and gradients flow back to the process they came from. With the
-    mean over processes that data-parallel training takes, the gradient is that of one process with the whole batch.
+    The rows of `second` of every process are candidates, and gradients flow back to the process they came from. With
+    the mean over processes that data-parallel training takes, the gradient is that of one process with the whole
+    batch.
 
     Args:
         first, second: float [n, d], two views of the same n sentences; n is the same on every process.
@@ -31,13 +32,13 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
 def bce_targets(scores: np.ndarray, negatives: str) -> np.ndarray:
     """Cosines as targets of binary cross-entropy, which must lie in [0, 1].
 
-    The paper takes the raw cosine and does not say what becomes of a negative one. Its loss has no minimum: the logit would
-    be pushed to minus infinity.
+    The paper takes the raw cosine and does not say what becomes of a negative one. Its loss has no minimum: the logit
+    would be pushed to minus infinity.
 
     Args:
         scores: float [n], cosines.
-        negatives: "shift" maps the lowest cosine to 0 and leaves 1 at 1, linearly, so that every difference between two
-            pairs is kept; "clip" makes every negative cosine 0. Without negative cosines both change nothing.
+        negatives: "shift" maps the lowest cosine to 0 and leaves 1 at 1, linearly, so that every difference between
+            two pairs is kept; "clip" makes every negative cosine 0. Without negative cosines both change nothing.
     """
     if negatives == "shift":
         lowest = min(float(scores.min()), 0.0)

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from transencoder.arguments import DRIVER, STAGES, as_options, read_recipe
-from transencoder.data import read_pairs, read_sentences
 from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
+from transencoder.tables import read_pairs, read_sentences
 from transencoder.tasks import load_task
 
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
@@ -115,7 +115,7 @@ def _check_options(stage: str, options: Any, where: str) -> None:
 
 
 def check_inputs(plan: Plan) -> None:
-    """Read everything the run will need, so that bad input is known before the first hour of work; it stays in the cache."""
+    """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:

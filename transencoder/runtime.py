@@ -29,6 +29,8 @@ def start(arguments: StageArguments) -> Accelerator:
     trackers = _trackers(getattr(arguments, "report_to", "none"))
     quiet_libraries()
     handlers = []
+    if _without_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it chose it
     if _without_gpu() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Without it DeepSpeed and Accelerate disagree about the number of processes on a machine without a GPU.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))

@@ -1,4 +1,4 @@
-"""Encoders and pairs -> scores. Sharded over processes, in the order of the input; a bi-encoder sees each sentence once."""
+"""Encoders and pairs -> scores, sharded over processes; a bi-encoder sees each sentence once."""
 
 import json
 import os
@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from transencoder.arguments import LabelArguments
-from transencoder.data import PAIRS, SENTENCES, TokenRows, in_order, pad, read_pairs, tokenize, unique_sentences
+from transencoder.data import TokenRows, in_order, pad, tokenize, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
 from transencoder.errors import InputError
 from transencoder.files import difference
 from transencoder.runtime import progress_bar
+from transencoder.tables import PAIRS, SENTENCES, read_pairs
 
 COSINE_ROWS = 65536  # pairs whose embeddings are gathered at a time
 FACTS = b"transencoder"  # key of the Parquet metadata that says where scores come from
@@ -42,7 +43,7 @@ class PreparedPairs:
 
 
 def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Row indices, longest first, cut so that rows x longest row stays within `batch_tokens` (but at least one row)."""
+    """Row indices, longest first, cut so that rows x longest row stays within `batch_tokens` (at least one row)."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
@@ -53,12 +54,17 @@ def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray
 
 @torch.inference_mode()
 def run_sharded(
-    model: nn.Module, encoder: BiEncoder | CrossEncoder, tokens: TokenRows, accelerator: Accelerator, batch_tokens: int, title: str
+    model: nn.Module,
+    encoder: BiEncoder | CrossEncoder,
+    tokens: TokenRows,
+    accelerator: Accelerator,
+    batch_tokens: int,
+    title: str,
 ) -> torch.Tensor:
     """The model's output for every row, on every process: float32 [rows] or [rows, d].
 
-    Every process runs the same number of forward passes (a short process repeats its last batch and drops the result), as
-    sharded models need; the parts are put together by a sum over processes, each row being filled by one of them.
+    Every process runs the same number of forward passes (a short process repeats its last batch and drops the result),
+    as sharded models need; the parts are put together by a sum over processes, each row being filled by one of them.
     """
     batches = list(token_batches(tokens.lengths, batch_tokens))
     rounds = -(-len(batches) // accelerator.num_processes)
@@ -135,7 +141,9 @@ def score_with(
 def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts: dict[str, Any]) -> None:
     """Write sentence1, sentence2 and score (float32) as Parquet, atomically; `facts` go into the file's metadata."""
     names = [*PAIRS, "score"]
-    table = pa.table([pa.chunked_array(in_order(pairs).data.column(name).chunks) for name in PAIRS] + [scores], names=names)
+    table = pa.table(
+        [pa.chunked_array(in_order(pairs).data.column(name).chunks) for name in PAIRS] + [scores], names=names
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), temporary)
@@ -165,7 +173,8 @@ def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
 def pseudo_labels(arguments: LabelArguments, accelerator: Accelerator) -> datasets.Dataset:
     """A student's training pairs with the column `score`: from --scores, or from --teachers and --pairs.
 
-    Teachers' scores are kept in the output folder as teacher-scores.parquet; the teachers are gone before this returns.
+    Teachers' scores are kept in the output folder as teacher-scores.parquet; the teachers are gone before this
+    returns.
     """
     if arguments.scores:
         return read_pairs([arguments.scores], "score", arguments.columns)

@@ -6,8 +6,8 @@ from pathlib import Path
 import datasets
 
 from transencoder.arguments import TrainingArguments
-from transencoder.data import column_names, is_hub_id, read_pairs
 from transencoder.errors import InputError
+from transencoder.tables import column_names, is_hub_id, read_pairs
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
         return _local_task(name, split, data_dir) if data_dir else _hub_task(name, split)
     name, _, path = spec.rpartition("=")
     if not Path(path).exists() and not is_hub_id(path):
-        raise InputError(f"{spec}: neither a file nor a task; tasks: {', '.join(TASKS)} (stsb.dev names another split)")
+        raise InputError(
+            f"{spec}: neither a file nor a task; tasks: {', '.join(TASKS)} (stsb.dev names another split)"
+        )
     gold = "label" if "label" in _names(path, columns) else "score"
     return Task(name or Path(path).name.split(".")[0], "test", read_pairs([path], gold, columns), gold)
 
@@ -127,7 +129,9 @@ def _local_task(name: str, split: str, data_dir: str) -> Task:
             if expected and expected != len(task.pairs):
                 print(f"{task.title}: {len(task.pairs)} rows, where the published set has {expected}")
             return task
-    raise InputError(f"--data_dir {data_dir}: no {' or '.join(f'{stem}.jsonl(.gz)' for stem in stems)} for task {name}")
+    raise InputError(
+        f"--data_dir {data_dir}: no {' or '.join(f'{stem}.jsonl(.gz)' for stem in stems)} for task {name}"
+    )
 
 
 def _hub_task(name: str, split: str) -> Task:

@@ -34,7 +34,8 @@ class Progress:
     """How far a run is, and what it has seen.
 
     Args:
-        history: one entry for each evaluation: step, epoch, loss (mean since the last entry), dev (x 100, if there is one).
+        history: one entry for each evaluation: step, epoch, loss (mean since the last entry), dev (x 100, if there is
+            one).
     """
 
     step: int = 0
@@ -173,10 +174,14 @@ class Trainer:
         """Progress bar and trackers, every `LOG_STEPS` steps; here too a broken run is stopped."""
         step, value = self.progress.step, self.accelerator.reduce(loss.detach(), "mean").item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {step}; lower --learning_rate or use --mixed_precision no")
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; lower --learning_rate or use --mixed_precision no"
+            )
         self.bar.set_postfix(loss=f"{value:.4f}")
         rate = self.scheduler.get_last_lr()[0]
-        self.accelerator.log({"train/loss": value, "train/learning_rate": rate, "train/grad_norm": float(norm)}, step=step)
+        self.accelerator.log(
+            {"train/loss": value, "train/learning_rate": rate, "train/grad_norm": float(norm)}, step=step
+        )
 
     def is_time_to_evaluate(self) -> bool:
         """Every `eval_steps`, and at each epoch's end."""
