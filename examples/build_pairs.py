@@ -22,7 +22,7 @@ SPLITS = ("train", "dev", "test")
 EVAL_PAIRS = {"dev": 900, "test": 1800}
 TRAIN_PAIRS = 6000
 POSITIVE_SHARE = 0.40
-FAMILY_SHARE = 0.65  # of the negatives in dev and test: same family, different intent
+FAMILY_SHARE = 0.35  # of the negatives in dev and test: same family, different intent
 # The pairs that only the training file has: same intent, same family, different family.
 EXTRA_SHARES = (0.40, 0.35, 0.25)
 

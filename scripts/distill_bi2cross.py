@@ -40,7 +40,7 @@ def main() -> None:
     labels = pseudo_labels(arguments, accelerator)
     examples = len(labels) * (2 if arguments.swap else 1)
     count_pieces(examples, arguments, accelerator.num_processes)
-    log(accelerator, f"{len(labels)} scored pairs, {examples} examples")
+    log(f"{len(labels)} scored pairs, {examples} examples")
     write_run(arguments, STAGE, "running")
 
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers

@@ -39,7 +39,7 @@ def main() -> None:
     dev = load_dev(arguments)
     labels = pseudo_labels(arguments, accelerator)
     count_pieces(len(labels), arguments, accelerator.num_processes)
-    log(accelerator, f"{len(labels)} scored pairs")
+    log(f"{len(labels)} scored pairs")
     write_run(arguments, STAGE, "running")
 
     encoder = BiEncoder.from_pretrained(

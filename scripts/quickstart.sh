@@ -23,5 +23,6 @@ done
 
 source scripts/environment.sh requirements.txt
 [[ $plm ]] || plm=$(python scripts/fetch_bert_tiny.py .models)
+cores=$(python -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)')
 bash scripts/run_transencoder.sh --recipe recipes/quickstart.yaml --output_dir "$run" --plm "$plm" \
-  --launcher "accelerate launch --config_file accelerate_configs/cpu.yaml"
+  --launcher "accelerate launch --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $cores"

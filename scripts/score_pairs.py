@@ -28,7 +28,7 @@ def main() -> None:
 
     check_encoders(arguments.encoders, arguments.pooling)
     pairs = read_pairs(arguments.pairs, columns=arguments.columns, drop_duplicates=arguments.drop_duplicates)
-    log(accelerator, f"{len(pairs)} pairs")
+    log(f"{len(pairs)} pairs")
 
     scores = score_to_file(
         arguments.encoders, pairs, output, accelerator, arguments.eval_batch_tokens, arguments.pooling, facts

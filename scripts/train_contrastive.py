@@ -39,7 +39,7 @@ def main() -> None:
     dev = load_dev(arguments)
     sentences = sample(read_sentences(arguments.sentences, arguments.columns), arguments.num_sentences, arguments.seed)
     count_pieces(len(sentences), arguments, accelerator.num_processes)
-    log(accelerator, f"{len(sentences)} distinct sentences")
+    log(f"{len(sentences)} distinct sentences")
     write_run(arguments, STAGE, "running")
 
     # Drophead takes the place of dropout (Mirror-BERT, section 3).

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
@@ -51,9 +51,9 @@ def progress_bar(accelerator: Accelerator, total: int, title: str) -> tqdm:
     return tqdm(total=total, desc=title, leave=False, disable=None if accelerator.is_main_process else True)
 
 
-def log(accelerator: Accelerator, message: str) -> None:
-    """A line on stderr, from the first process only."""
-    if accelerator.is_main_process:
+def log(message: str) -> None:
+    """Write a line on stderr, from the first process only."""
+    if PartialState().is_main_process:
         print(message, file=sys.stderr, flush=True)
 
 
@@ -63,7 +63,7 @@ def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, f
         write_run(arguments, stage, "complete", **facts)
     kept = f"step {facts['kept_step']} of {facts['steps']}"
     score = f", dev {facts['dev_metric']} {facts['dev']:.2f}" if "dev" in facts else ""
-    log(accelerator, f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
+    log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
 
 
 def quiet_libraries() -> None:

@@ -7,6 +7,7 @@ import datasets
 
 from transencoder.arguments import TrainingArguments
 from transencoder.errors import InputError
+from transencoder.runtime import log
 from transencoder.tables import column_names, is_hub_id, read_pairs
 
 
@@ -127,7 +128,7 @@ def _local_task(name: str, split: str, data_dir: str) -> Task:
             task = Task(name, split, read_pairs([str(path)], TASKS[name].gold), TASKS[name].gold)
             expected = dict(TASKS[name].rows).get(split)
             if expected and expected != len(task.pairs):
-                print(f"{task.title}: {len(task.pairs)} rows, where the published set has {expected}")
+                log(f"{task.title}: {len(task.pairs)} rows, where the published set has {expected}")
             return task
     raise InputError(
         f"--data_dir {data_dir}: no {' or '.join(f'{stem}.jsonl(.gz)' for stem in stems)} for task {name}"

@@ -200,7 +200,7 @@ class Trainer:
             self.accelerator.log({f"dev/{self.dev.metric}": entry["dev"]}, step=progress.step)
         progress.history.append(entry)
         shown = f", dev {self.dev.metric} {entry['dev']:.2f}" if self.dev is not None else ""
-        log(self.accelerator, f"step {progress.step}/{self.total_steps}: loss {mean:.4f}{shown}")
+        log(f"step {progress.step}/{self.total_steps}: loss {mean:.4f}{shown}")
         if self.keep_best and entry["dev"] > progress.best:  # never true for NaN, the score of a collapsed model
             progress.best, progress.best_step = entry["dev"], progress.step
             self.save()
