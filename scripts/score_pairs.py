@@ -33,10 +33,7 @@ def main() -> None:
     scores = score_to_file(
         arguments.encoders, pairs, output, accelerator, arguments.eval_batch_tokens, arguments.pooling, facts
     )
-    log(
-        accelerator,
-        f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}",
-    )
+    log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     accelerator.end_training()
 
 
