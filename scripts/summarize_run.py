@@ -2,6 +2,8 @@
 """Put the best models of a run into `best/`, and write results.md and progress.png: the driver's last step.
 
 python scripts/summarize_run.py runs/quickstart
+
+Of several runs that differ in their seed only, it prints means and standard deviations, and writes nothing.
 """
 
 import argparse
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.arguments import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.files import write_text
-from transencoder.summary import collect_rounds, keep_best, plot_progress, summary_table
+from transencoder.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
 
 NOTES = """
 Spearman's rho or AUC, x 100; a title ending in `.dev` is the set that checkpoints were chosen on. If the test pairs
@@ -23,22 +25,28 @@ were, without their labels, among the training pairs, as in the paper, these fig
 
 def parse() -> argparse.Namespace:
     parser = StageParser((), __doc__)
-    parser.add_argument("run", type=Path, help="folder that run_transencoder.sh filled")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that run_transencoder.sh filled")
     return parser.parse_args()
+
+
+def write_summary(run: Path, rounds: list[Round]) -> None:
+    plot_progress(run / "progress.png", rounds)
+    table, best = summary_table([rounds]), keep_best(run, rounds)
+    lines = "\n".join(f"- {line}" for line in best)
+    write_text(run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n{lines}\n")
+    print(table)
+    print("\n".join(best))
+    print(f"Written: {run}/results.md, {run}/progress.png, {run}/best/")
 
 
 @one_line_errors
 def main() -> None:
-    run = parse().run
-    rounds = collect_rounds(run)
-    plot_progress(run / "progress.png", rounds)
-    table, best = summary_table(rounds), keep_best(run, rounds)
-    write_text(
-        run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n" + "\n".join(f"- {line}" for line in best) + "\n"
-    )
-    print(table)
-    print("\n".join(best))
-    print(f"Written: {run}/results.md, {run}/progress.png, {run}/best/")
+    runs = parse().runs
+    collected = [collect_rounds(run) for run in runs]
+    if len(runs) == 1:
+        write_summary(runs[0], collected[0])
+    else:
+        print(summary_table(collected))
 
 
 if __name__ == "__main__":

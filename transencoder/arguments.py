@@ -5,7 +5,7 @@ Command line > recipe > default; an unknown key is an error.
 
 import dataclasses
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -204,6 +204,10 @@ STAGES = {
 DRIVER = "run_transencoder"
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults behind every option, and the script's docstring with its lines as they are."""
+
+
 class StageParser(HfArgumentParser):
     """argparse over one dataclass; an error is one line and exit code 2."""
 
@@ -212,7 +216,7 @@ class StageParser(HfArgumentParser):
             arguments,
             description=description,
             allow_abbrev=False,
-            formatter_class=ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
 
     def error(self, message: str) -> None:

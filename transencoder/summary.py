@@ -79,16 +79,32 @@ def dev_of(rounds: list[Round]) -> str | None:
     return next((name for name in rounds[0].values if name.endswith(".dev")), None)
 
 
-def summary_table(rounds: list[Round]) -> str:
-    """Markdown: a row for each encoder, a column for each set, the mean of the test sets last."""
-    names, tests = list(rounds[0].values), tests_of(rounds)
-    several = len({r.student for r in rounds}) > 1
+def summary_table(runs: list[list[Round]]) -> str:
+    """Markdown: a row for each encoder, a column for each set, the mean of the test sets last.
+
+    Args:
+        runs: the rounds of one run, or of several that differ in their seed only: then mean and standard deviation.
+    Raises:
+        InputError: the runs do not have the same rounds and sets.
+    """
+    shapes = {tuple((r.step, r.student, *r.values) for r in rounds) for rounds in runs}
+    if len(shapes) > 1:
+        raise InputError("these runs differ in more than their seed: not the same encoders measured on the same sets")
+    names, tests = list(runs[0][0].values), tests_of(runs[0])
+    several = len({r.student for r in runs[0]}) > 1
     rows = []
-    for r in rounds:
-        mean = [f"{np.mean([r.values[name] for name in tests]):.2f}"] if len(tests) > 1 else []
-        label = f"{r.step} ({r.student})" if several else r.step
-        rows.append([label, *(f"{r.values[name]:.2f}" for name in names), *mean])
+    for same in zip(*runs, strict=True):
+        columns = [[r.values[name] for r in same] for name in names]
+        if len(tests) > 1:
+            columns.append([float(np.mean([r.values[name] for name in tests])) for r in same])
+        label = f"{same[0].step} ({same[0].student})" if several else same[0].step
+        rows.append([label, *map(_mean_and_deviation, columns)])
     return markdown_table(["encoder", *names, *(["mean of tests"] if len(tests) > 1 else [])], rows)
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    """ "71.20", or for several runs "71.20 ± 0.31" with the sample standard deviation."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
 def best_round(rounds: list[Round], kind: str) -> Round:
