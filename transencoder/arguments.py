@@ -118,6 +118,8 @@ class ContrastiveArguments(TrainingArguments):
     }
 
     def __post_init__(self) -> None:
+        if self.micro_batch_size:
+            raise InputError("--micro_batch_size: not in step 1, where every sentence is compared with the whole batch")
         for name, value in self.METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
