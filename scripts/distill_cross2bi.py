@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Step 3: train a bi-encoder, from its step-1 checkpoint, on a cross-encoder's scores.
 
-accelerate launch scripts/distill_cross2bi.py --model_name_or_path runs/bert/contrastive --scores cross-scores.parquet
-\
-    --output_dir runs/bert/cycle-1/bi-encoder
+accelerate launch scripts/distill_cross2bi.py --model_name_or_path runs/bert/contrastive \
+    --scores cross-scores.parquet --output_dir runs/bert/cycle-1/bi-encoder
 """
 
 import sys

@@ -31,7 +31,14 @@ def main() -> None:
     log(f"{len(pairs)} pairs")
 
     scores = score_to_file(
-        arguments.encoders, pairs, output, accelerator, arguments.eval_batch_tokens, arguments.pooling, facts
+        arguments.encoders,
+        pairs,
+        output,
+        accelerator,
+        arguments.eval_batch_tokens,
+        arguments.pooling,
+        arguments.both_orders,
+        facts,
     )
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     accelerator.end_training()

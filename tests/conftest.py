@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it when they are imported
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -48,7 +51,6 @@ def private_cache(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cache")
     os.environ["HF_DATASETS_CACHE"] = str(folder)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     datasets.config.HF_DATASETS_CACHE = folder
 
 
@@ -170,6 +172,7 @@ def run_script(monkeypatch, capsys):
     """Run a script in this process, as `python scripts/NAME` would: for what ends before any model is loaded."""
 
     def run(script: str, *words: object) -> subprocess.CompletedProcess:
+        AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / script), *map(str, words)])
         code = 0
         try:

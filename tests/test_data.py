@@ -85,8 +85,16 @@ def test_kept_tokens_are_not_used_for_another_length_or_vocabulary(tmp_path, tok
     table = read_sentences([str(tmp_path / "s.txt")])
     assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [8, 4]
     assert tokenize(table, SENTENCES, tokenizer, 5).lengths.tolist() == [5, 4]
+    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [8, 4]
     tokenizer.add_tokens(["change my"])
     assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [7, 4]
+
+
+def test_kept_tokens_of_a_model_with_token_types_are_not_used_for_one_without(tokenizer):
+    table = pairs_table([{"sentence1": "my card", "sentence2": "late"}])
+    assert tokenize(table, PAIRS, tokenizer, 16).names == ["input_ids", "token_type_ids"]
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert tokenize(table, PAIRS, tokenizer, 16).names == ["input_ids"]
 
 
 def test_tokens_are_kept_from_run_to_run(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """Every stage through the real launcher, with one and with two processes, and what bad input gets."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -34,7 +35,8 @@ def train_start(tiny_bert, corpus, output, processes=1, *more):
     must(
         launch(
             "train_contrastive.py", "--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt",
-            "--output_dir", output, "--pooling", "mean", "--dev", corpus / "dev.jsonl", *QUICK, *more, processes=processes,
+            "--output_dir", output, "--pooling", "mean", "--dev", corpus / "dev.jsonl", *QUICK, *more,
+            processes=processes,
         )
     )  # fmt: skip
     return output
@@ -154,8 +156,9 @@ def test_bi_encoder_learns_from_teachers_given_as_folders(start, cross, corpus, 
     def train(name, processes):
         must(
             launch(
-                "distill_cross2bi.py", "--model_name_or_path", start, "--teachers", cross, "--pairs", corpus / "pairs.jsonl",
-                "--output_dir", tmp_path / name, "--num_epochs", 5, *QUICK, processes=processes,
+                "distill_cross2bi.py", "--model_name_or_path", start, "--teachers", cross,
+                "--pairs", corpus / "pairs.jsonl", "--output_dir", tmp_path / name, "--num_epochs", 5, *QUICK,
+                processes=processes,
             )
         )  # fmt: skip
         return tmp_path / name
@@ -199,7 +202,7 @@ def test_evaluation_of_an_ensemble_and_of_labels(start, cross, corpus, tmp_path)
     assert (tmp_path / "out" / "results.md").read_text() in result.stdout
 
 
-# --- bad input: one line, exit code 2, before any model is loaded ------------------------------------------------------
+# --- bad input: one line, exit code 2, before any model is loaded ---------------------------------------------------
 
 
 def refused(result, *words):
@@ -251,6 +254,17 @@ def test_unknown_flags_and_keys_are_refused(tmp_path, run_script):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("score_pairs:\n  encodres: [x]\n")
     refused(run_script("score_pairs.py", "--recipe", recipe), "r.yaml", "encodres")
+
+
+def test_flags_that_cannot_work_are_refused(tiny_bert, corpus, tmp_path, run_script):
+    words = ["--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt"]
+    words += ["--output_dir", tmp_path / "out"]
+    refused(run_script("train_contrastive.py", *words, "--select_by", "dev"), "--select_by", "--dev")
+    refused(run_script("train_contrastive.py", *words, "--micro_batch_size", 4), "--micro_batch_size")
+    refused(run_script("train_contrastive.py", *words, "--total_batch_size", 97), "96 examples", "--total_batch_size")
+    if importlib.util.find_spec("wandb") is None:
+        refused(run_script("train_contrastive.py", *words, "--report_to", "wandb"), "--report_to wandb", "pip install")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_encoder_is_refused(tiny_bert, corpus, tmp_path, run_script):

@@ -119,7 +119,9 @@ class ContrastiveArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.micro_batch_size:
-            raise InputError("--micro_batch_size: not in step 1, where every sentence is compared with the whole batch")
+            raise InputError(
+                "--micro_batch_size: not in step 1, where every sentence is compared with the whole batch"
+            )
         for name, value in self.METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -175,6 +177,9 @@ class ScoringArguments(StageArguments):
     encoders: list[str] = option("Bi- and cross-encoders, whose scores are averaged: folders or Hub ids.")
     pairs: list[str] = option("Pairs to score: FILE(s) or Hub dataset id(s).")
     output: str = option("Parquet file to write: sentence1, sentence2, score, in the order of the input.")
+    both_orders: bool = option(
+        "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
+    )
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
     pooling: Literal["cls", "mean"] | None = option(
         "Only for a plain language model, which does not say how it pools.", None

@@ -110,6 +110,12 @@ def unique_sentences(
     return unique, np.split(indices, len(columns))
 
 
+def turned(table: datasets.Dataset) -> datasets.Dataset:
+    """The pairs with their sentences exchanged."""
+    renamed = table.rename_columns({"sentence1": "sentence2", "sentence2": "sentence1"})
+    return renamed.select_columns(table.column_names)
+
+
 def in_order(table: datasets.Dataset) -> datasets.Dataset:
     """`table` with its rows laid out as they are numbered (after `select`, `.data` still holds the original rows)."""
     return table.flatten_indices() if table._indices is not None else table
@@ -127,8 +133,7 @@ class PairInputs(Dataset):
 
     def __init__(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, swap: bool):
         if swap:
-            turned = table.rename_columns({"sentence1": "sentence2", "sentence2": "sentence1"})
-            table = datasets.concatenate_datasets([table, turned.select_columns(table.column_names)])
+            table = datasets.concatenate_datasets([table, turned(table)])
         self.tokenizer = tokenizer
         self.tokens = tokenize(table, PAIRS, tokenizer, max_length)
         self.scores = np.asarray(table["score"], dtype=np.float32)
@@ -192,8 +197,9 @@ class MaskedViews(Dataset):
         """`text` with the span masked; which span depends on seed, epoch and row only, never on the world size."""
         if len(text) < self.MIN_CHARACTERS:
             return text
-        start = np.random.default_rng((self.seed, self.epoch, index)).integers(len(text) - self.span + 1)
-        return text[:start] + self.tokenizer.mask_token + text[start + self.span :]
+        span = min(self.span, len(text))
+        start = np.random.default_rng((self.seed, self.epoch, index)).integers(len(text) - span + 1)
+        return text[:start] + self.tokenizer.mask_token + text[start + span :]
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         texts = [self.texts[index] for index in indices]

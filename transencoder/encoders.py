@@ -52,10 +52,13 @@ def inspect_encoder(name: str) -> Kind:
         raise InputError(f"{name}: not an encoder (no config.json)")
     if "model_type" not in config:
         raise InputError(f"{name}: not an encoder (config.json names no model_type)")
-    if read_model_file(name, "modules.json") is not None:
-        return "bi"
     architectures = config.get("architectures") or []
-    if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+    classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
+    # sentence-transformers 6 writes modules.json for a cross-encoder too, with one module.
+    modules = read_model_file(name, "modules.json")
+    if modules is not None and not (classifier and len(modules) == 1):
+        return "bi"
+    if classifier:
         labels = len(config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"})
         if labels != 1:
             raise InputError(f"{name}: a classifier with {labels} labels, not a cross-encoder (which has one)")

@@ -13,7 +13,7 @@ from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
 from transencoder.tables import read_pairs, read_sentences
-from transencoder.tasks import load_task
+from transencoder.tasks import load_task, parse_spec, title
 
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
 
@@ -78,13 +78,27 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         raise InputError(f"{where}: {DRIVER}.students must be a list of models (name, plm)")
     plan = _build(Plan, {**section, "students": [_build(Student, item, where) for item in students]}, where)
     for name in ("pairs", "tasks", "sentences"):
-        if isinstance(getattr(plan, name), str):
-            setattr(plan, name, [getattr(plan, name)])
-    if not isinstance(plan.cycles, int) or plan.cycles < 1:
+        value = getattr(plan, name)
+        if isinstance(value, str):
+            setattr(plan, name, [value])
+        elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise InputError(f"{where}: {DRIVER}.{name} must be a name or a list of names")
+    single = [(plan, ("dev", "data_dir"))]
+    single += [(student, ("name", "plm", "bi_encoder", "cross_encoder_plm")) for student in plan.students]
+    for owner, names in single:
+        for name in names:
+            if not isinstance(getattr(owner, name), str | None):
+                raise InputError(f"{where}: {name} must be a name, not {getattr(owner, name)!r}")
+    if type(plan.cycles) is not int or plan.cycles < 1:
         raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
     names = [student.name for student in plan.students]
-    if len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+    if len(set(names)) < len(names) or any(Path(name).name != name or name == ".." for name in names):
         raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
+    if plan.dev:
+        plan.dev = _named_as_dev(plan.dev)
+    titles = [title(*parse_spec(spec)[:2]) for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]]
+    if len(set(titles)) < len(titles):
+        raise InputError(f"{where}: the tasks' names must differ (NAME=FILE gives a name): {', '.join(titles)}")
     for student in plan.students:
         if not (student.cross_encoder_plm or student.plm):
             raise InputError(f"{where}: student {student.name}: no plm")
@@ -93,6 +107,12 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         for stage in TRAINING_STAGES:
             _check_options(stage, getattr(student, stage), where)
     return plan
+
+
+def _named_as_dev(spec: str) -> str:
+    """The dev set's spec with ".dev" in its name, by which tables and the choice of the best model know it."""
+    name, split, path = parse_spec(spec)
+    return spec if split == "dev" or path is None else f"{name}.dev={path}"
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:

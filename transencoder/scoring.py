@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from transencoder.arguments import LabelArguments
-from transencoder.data import TokenRows, in_order, pad, tokenize, unique_sentences
+from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
 from transencoder.errors import InputError
 from transencoder.files import difference
@@ -119,12 +119,14 @@ def score_with(
     accelerator: Accelerator,
     batch_tokens: int,
     pooling: str | None = None,
+    both_orders: bool = False,
 ) -> list[np.ndarray]:
     """Mean scores of several encoders, loaded one after another. This mean is all there is to mutual distillation.
 
     Args:
         names: folders or Hub ids of bi- and cross-encoders.
         sets: sets of pairs.
+        both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
     Returns:
         For each set, float32 [pairs].
     """
@@ -132,9 +134,11 @@ def score_with(
     for name in names:
         encoder = load_encoder(name, pooling).to(accelerator.device)
         for total, pairs in zip(totals, sets, strict=True):
-            total += score_prepared(
-                encoder, PreparedPairs(encoder, pairs), accelerator, batch_tokens, f"Scoring with {Path(name).name}"
-            )
+            orders = [pairs, turned(pairs)] if both_orders and encoder.kind == "cross" else [pairs]
+            for order in orders:
+                prepared = PreparedPairs(encoder, order)
+                title = f"Scoring with {Path(name).name}"
+                total += score_prepared(encoder, prepared, accelerator, batch_tokens, title) / len(orders)
     return [(total / len(names)).astype(np.float32) for total in totals]
 
 
@@ -192,10 +196,11 @@ def score_to_file(
     accelerator: Accelerator,
     batch_tokens: int,
     pooling: str | None = None,
+    both_orders: bool = False,
     facts: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """Score `pairs` with the mean of the encoders, write `path` from the first process, and return the scores."""
-    (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling)
+    (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling, both_orders)
     if accelerator.is_main_process:
         write_scores(path, pairs, scores, facts or {"encoders": names})
     accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """What a finished run amounts to: the table, the plot, and which of its models are the best."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def best_round(rounds: list[Round], kind: str) -> Round:
     dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind]
     if dev is None:
         return next(r for r in candidates if r.cycle == candidates[-1].cycle)
-    return max(candidates, key=lambda r: r.values[dev])
+    return max(candidates, key=lambda r: -math.inf if math.isnan(r.values[dev]) else r.values[dev])
 
 
 def keep_best(run: Path, rounds: list[Round]) -> list[str]:

@@ -219,21 +219,33 @@ def _checked(batch: pa.RecordBatch, source: str, rows_before: int, schema: pa.Sc
             if name == "label":
                 refuse(pc.invert(pc.is_in(column, pa.array([0.0, 1.0]))), "label is neither 0 nor 1")
         else:
-            column = column.cast(type_)
+            column = _as_text(column, name, source)
             refuse(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), f"{name} is empty")
         arrays.append(column)
     return pa.record_batch(arrays, schema=schema)
 
 
+def _as_text(column: pa.Array, name: str, source: str) -> pa.Array:
+    """Cast to large_string, and make sure that it is UTF-8: pyarrow's JSON reader does not look."""
+    try:
+        text = column.cast(pa.large_string())
+        text.validate(full=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{source}: {name} is not UTF-8 text") from error
+    return text
+
+
 def _as_numbers(column: pa.Array, name: str, source: str, rows_before: int) -> pa.Array:
     """Cast to float64; on failure find the row and say what stands there."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
     try:
         return column.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         for row, value in enumerate(column.to_pylist(), start=rows_before + 1):
             try:
-                float(value)
-            except (TypeError, ValueError):
+                pa.scalar(value).cast(pa.float64())
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise InputError(f"{source}: row {row}: {name} {value!r} is not a number") from None
         raise
 

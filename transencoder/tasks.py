@@ -109,16 +109,29 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
     Raises:
         InputError: unknown task, missing file, or anything `read_pairs` refuses.
     """
-    name, split = spec.split(".")[0], spec.partition(".")[2] or "test"
-    if name in TASKS and split in dict(TASKS[name].splits) | {"dev": ""}:
+    name, split, path = parse_spec(spec)
+    if path is None:
         return _local_task(name, split, data_dir) if data_dir else _hub_task(name, split)
-    name, _, path = spec.rpartition("=")
     if not Path(path).exists() and not is_hub_id(path):
         raise InputError(
             f"{spec}: neither a file nor a task; tasks: {', '.join(TASKS)} (stsb.dev names another split)"
         )
     gold = "label" if "label" in _names(path, columns) else "score"
-    return Task(name or Path(path).name.split(".")[0], "test", read_pairs([path], gold, columns), gold)
+    return Task(name, split, read_pairs([path], gold, columns), gold)
+
+
+def parse_spec(spec: str) -> tuple[str, str, str | None]:
+    """Name, split and file of a task.
+
+    "stsb.dev" -> stsb, dev, None; "mine.dev=a.tsv" -> mine, dev, a.tsv; "a.tsv" -> a, test, a.tsv.
+    """
+    name, _, path = spec.rpartition("=")
+    base, _, split = (name or spec).partition(".")
+    if name:
+        return base, split or "test", path
+    if base in TASKS and (split or "test") in {"test", "dev", "train"}:
+        return base, split or "test", None
+    return Path(spec).name.partition(".")[0], "test", spec
 
 
 def _local_task(name: str, split: str, data_dir: str) -> Task:

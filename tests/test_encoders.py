@@ -1,0 +1,558 @@
+"""Models: what a name stands for, pooling, saving and loading, drophead."""
+
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import make_tokenizer, random_pairs
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
+
+from transencoder.encoders import (
+    BiEncoder,
+    CrossEncoder,
+    MLPHead,
+    add_drophead,
+    check_bi_encoder,
+    check_encoders,
+    check_language_model,
+    inspect_encoder,
+    load_encoder,
+)
+from transencoder.errors import InputError
+from transencoder.scoring import PreparedPairs, score_prepared, score_with
+
+PAIRS = [(row["sentence1"], row["sentence2"]) for row in random_pairs(24)]
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+VOCABULARY = len(make_tokenizer())
+
+
+ARCHITECTURES = {
+    "bert": BertConfig(vocab_size=VOCABULARY, **SIZES),
+    "roberta": RobertaConfig(vocab_size=VOCABULARY, pad_token_id=0, **SIZES),
+    "deberta": DebertaV2Config(vocab_size=VOCABULARY, **SIZES),
+    "distilbert": DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=4, hidden_dim=32),
+    "mpnet": MPNetConfig(vocab_size=VOCABULARY, pad_token_id=0, **SIZES),
+    "modernbert": ModernBertConfig(
+        vocab_size=VOCABULARY, pad_token_id=0, cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3, **SIZES
+    ),
+}
+
+
+def save_model(folder: Path, config: PretrainedConfig, **tokenizer_options: object) -> str:
+    """A random model of this configuration, with the tiny tokenizer."""
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    for name, value in tokenizer_options.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def embed(encoder: BiEncoder, *sentences: str) -> torch.Tensor:
+    with torch.no_grad():
+        return encoder(**encoder.tokenizer(list(sentences), padding=True, return_tensors="pt"))
+
+
+def pairs_table() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"sentence1": [a for a, _ in PAIRS], "sentence2": [b for _, b in PAIRS]})
+
+
+def plain_accelerator() -> Accelerator:
+    """An Accelerator without autocast, whatever other tests of this process left behind."""
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision="no")
+
+
+def scores_of(encoder: BiEncoder | CrossEncoder) -> np.ndarray:
+    """The encoder's scores of `PAIRS`, on a CPU or GPU."""
+    accelerator = plain_accelerator()
+    return score_prepared(encoder.to(accelerator.device), PreparedPairs(encoder, pairs_table()), accelerator, 256)
+
+
+@pytest.fixture
+def bi_folder(tiny_bert, tmp_path) -> Path:
+    """A saved bi-encoder: mean pooling, 12 tokens."""
+    folder = tmp_path / "bi"
+    folder.mkdir()
+    BiEncoder.from_pretrained(str(tiny_bert), "mean", max_length=12).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cross_folder(tiny_bert, tmp_path) -> Path:
+    """A saved cross-encoder of 20 tokens, whose logits differ more than a new head's."""
+    folder = tmp_path / "cross"
+    folder.mkdir()
+    torch.manual_seed(0)
+    encoder = CrossEncoder.from_pretrained(str(tiny_bert), max_length=20)
+    encoder.backbone.classifier.weight.data.mul_(50)
+    encoder.save_pretrained(folder)
+    return folder
+
+
+# --- what a name stands for ------------------------------------------------------------------------------------------
+
+
+def test_folders_say_what_they_hold(tiny_bert, bi_folder, cross_folder):
+    assert inspect_encoder(str(tiny_bert)) == "plm"
+    assert inspect_encoder(str(bi_folder)) == "bi"
+    assert inspect_encoder(str(cross_folder)) == "cross"
+    assert isinstance(load_encoder(str(bi_folder)), BiEncoder)
+    assert isinstance(load_encoder(str(cross_folder)), CrossEncoder)
+    assert load_encoder(str(tiny_bert), "cls").pooling == "cls"
+
+
+def test_a_masked_language_model_is_a_plain_one(tmp_path):
+    BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SIZES)).save_pretrained(tmp_path)
+    assert inspect_encoder(str(tmp_path)) == "plm"
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_classifier_with_several_labels_is_refused(tmp_path, labels):
+    config = BertConfig(vocab_size=VOCABULARY, num_labels=labels, **SIZES)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"^{tmp_path}: a classifier with {labels} labels, not a cross-encoder"):
+        inspect_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "not an encoder (no config.json)"),
+        ("{}", "not an encoder (config.json names no model_type)"),
+        ("{", "config.json cannot be read: "),
+    ],
+)
+def test_a_folder_that_holds_no_model_is_refused(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        inspect_encoder(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}: {expected}")
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(InputError, match=r"model\.bin: not a folder with an encoder$"):
+        inspect_encoder(str(tmp_path / "model.bin"))
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"^{tmp_path}/no: no such folder, and not a Hub id"):
+        inspect_encoder(str(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing"])
+def test_a_hub_model_that_cannot_be_had_offline_is_refused_with_the_way_out(name):
+    assert huggingface_hub.is_offline_mode()  # else this would ask the network
+    with pytest.raises(InputError) as caught:
+        inspect_encoder(name)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: no such folder, and the Hub cannot be reached; ")
+    assert f"hf download {name} --local-dir DIR" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_each_place_takes_its_kind_of_model(tiny_bert, bi_folder, cross_folder):
+    plain, bi, cross = map(str, (tiny_bert, bi_folder, cross_folder))
+    check_bi_encoder(bi, None)
+    check_bi_encoder(plain, "mean")
+    check_language_model(plain)
+    check_language_model(bi)
+    check_encoders([bi, cross], None)
+    with pytest.raises(InputError, match="cross: a cross-encoder, where a bi-encoder is needed"):
+        check_bi_encoder(cross, None)
+    with pytest.raises(InputError, match="cross: already a cross-encoder"):
+        check_language_model(cross)
+    for check in (lambda: check_bi_encoder(plain, None), lambda: check_encoders([cross, plain], None)):
+        with pytest.raises(InputError, match="does not say how it pools; add --pooling cls or --pooling mean"):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling max_tokens; only cls and mean"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "pooling cls_token+mean_tokens; only cls and mean",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pooling lasttoken; only cls and mean"),
+        ("1_Pooling/config.json", {}, "pooling unknown; only cls and mean"),
+        (
+            "modules.json",
+            [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")],
+            "its modules are Transformer, Pooling, Dense; only",
+        ),
+        ("modules.json", [{"type": "sentence_transformers.models.Transformer"}], "its modules are Transformer; only"),
+    ],
+)
+def test_sentence_transformers_that_do_more_than_pool_are_refused(bi_folder, file, content, expected):
+    (bi_folder / file).write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        check_bi_encoder(str(bi_folder), None)
+    assert str(caught.value).startswith(f"{bi_folder}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls", "embedding_dimension": 32}, "cls"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}, "mean"),
+    ],
+)
+def test_old_and_new_pooling_configurations_are_read(bi_folder, config, expected):
+    (bi_folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    assert BiEncoder.from_pretrained(str(bi_folder)).pooling == expected
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_padding_does_not_change_an_embedding(tiny_bert, pooling):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), pooling).eval()
+    alone, together = embed(encoder, "pay my card"), embed(encoder, "pay my card", "how do i change my password " * 3)
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_pooling_takes_the_first_token_or_the_mean_of_all_but_padding(tiny_bert):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean").eval()
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(tiny_bert)(**encoder.tokenizer("pay my card", return_tensors="pt"))[0][0]
+    assert states.shape == (5, 32)
+    mean = embed(encoder, "pay my card", "how do i change my password")[0]
+    torch.testing.assert_close(mean, sum(states[i] for i in range(5)) / 5, atol=1e-5, rtol=0)
+    encoder.pooling = "cls"
+    torch.testing.assert_close(embed(encoder, "pay my card", "how do i change")[0], states[0], atol=1e-5, rtol=0)
+
+
+def test_the_head_is_for_training_only(tiny_bert):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), "cls", dropout=0.0).eval()
+    plain = embed(encoder, "pay my card")
+    encoder.head = MLPHead(32)
+    assert torch.equal(embed(encoder.eval(), "pay my card"), plain)
+    torch.testing.assert_close(embed(encoder.train(), "pay my card"), encoder.head(plain))
+    assert (encoder.head(plain).abs() <= 1).all()  # tanh
+
+
+def test_the_pooler_that_nothing_uses_is_not_trained(tiny_bert):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), "cls")
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"backbone.pooler.dense.weight", "backbone.pooler.dense.bias"}
+
+
+def test_embeddings_and_logits_are_float32_under_autocast(bi_folder, cross_folder):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embed(BiEncoder.from_pretrained(str(bi_folder)), "pay").dtype == torch.float32
+        cross = CrossEncoder.from_pretrained(str(cross_folder))
+        assert cross(**cross.tokenizer("pay", "late", return_tensors="pt")).dtype == torch.float32
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bi_encoders_score_is_the_cosine_of_its_embeddings(bi_folder):
+    encoder = BiEncoder.from_pretrained(str(bi_folder))
+    scores = scores_of(encoder)
+    encoder.cpu().eval()
+    for (first, second), score in zip(PAIRS, scores, strict=True):
+        inputs = [encoder.tokenizer(x, truncation=True, max_length=12, return_tensors="pt") for x in (first, second)]
+        with torch.no_grad():
+            cosine = torch.cosine_similarity(*(encoder(**x) for x in inputs))
+        assert score == pytest.approx(cosine.item(), abs=1e-5)
+    assert len(set(scores.round(4))) > 10
+
+
+def test_a_cross_encoders_score_is_the_sigmoid_of_its_logit(cross_folder):
+    encoder = CrossEncoder.from_pretrained(str(cross_folder))
+    scores = scores_of(encoder)
+    encoder.cpu().eval()
+    for (first, second), score in zip(PAIRS, scores, strict=True):
+        with torch.no_grad():
+            inputs = encoder.tokenizer(first, second, truncation=True, max_length=20, return_tensors="pt")
+            assert score == pytest.approx(encoder(**inputs).sigmoid().item(), abs=1e-5)
+    assert len(set(scores.round(4))) > 10
+
+
+def test_scoring_leaves_the_training_mode_as_it_was(bi_folder):
+    encoder = BiEncoder.from_pretrained(str(bi_folder)).train()
+    first = scores_of(encoder)
+    assert encoder.training
+    assert encoder.backbone.training
+    assert np.array_equal(scores_of(encoder), first)  # no dropout meanwhile
+
+
+def test_several_encoders_give_their_mean_score(bi_folder, cross_folder):
+    table, accelerator = pairs_table(), plain_accelerator()
+    names = [str(bi_folder), str(cross_folder)]
+    (first,), (second,) = (score_with([name], [table], accelerator, 256) for name in names)
+    both, part = score_with(names, [table, table.select([5, 2])], accelerator, 256)
+    np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
+    np.testing.assert_allclose(part, both[[5, 2]], atol=1e-5)
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def test_a_saved_bi_encoder_is_a_sentence_transformers_folder(bi_folder):
+    files = {path.relative_to(bi_folder).as_posix() for path in bi_folder.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
+    modules = json.loads((bi_folder / "modules.json").read_text())
+    assert [(module["path"], module["type"]) for module in modules] == [
+        ("", "sentence_transformers.models.Transformer"),
+        ("1_Pooling", "sentence_transformers.models.Pooling"),
+    ]
+    pooling = json.loads((bi_folder / "1_Pooling" / "config.json").read_text())
+    assert pooling == {
+        "word_embedding_dimension": 32,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+    }
+    assert json.loads((bi_folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 12
+
+
+def test_a_saved_cross_encoder_is_a_plain_transformers_folder(cross_folder):
+    files = {path.name for path in cross_folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
+    assert "modules.json" not in files
+    config = json.loads((cross_folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert len(config["id2label"]) == 1
+    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_bi_encoder_scores_the_same_when_loaded_again(tiny_bert, tmp_path, pooling):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), pooling, max_length=10)
+    (tmp_path / "bi").mkdir()
+    encoder.save_pretrained(tmp_path / "bi")
+    again = BiEncoder.from_pretrained(str(tmp_path / "bi"))
+    assert (again.pooling, again.max_length) == (pooling, 10)
+    np.testing.assert_allclose(scores_of(again), scores_of(encoder), atol=1e-6)
+
+
+def test_a_cross_encoder_scores_the_same_when_loaded_again(cross_folder, tmp_path):
+    encoder = CrossEncoder.from_pretrained(str(cross_folder))
+    (tmp_path / "again").mkdir()
+    encoder.save_pretrained(tmp_path / "again")
+    again = CrossEncoder.from_pretrained(str(tmp_path / "again"))
+    assert again.max_length == 20
+    np.testing.assert_allclose(scores_of(again), scores_of(encoder), atol=1e-6)
+
+
+def test_a_new_cross_encoders_head_depends_on_the_seed(tiny_bert):
+    def head(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return CrossEncoder.from_pretrained(str(tiny_bert)).backbone.classifier.weight
+
+    assert head(1).shape == (1, 32)
+    assert torch.equal(head(1), head(1))
+    assert not torch.equal(head(1), head(2))
+
+
+def test_gathered_weights_are_saved_in_place_of_the_models_own(bi_folder, tmp_path):
+    encoder = BiEncoder.from_pretrained(str(bi_folder))
+    encoder.head = MLPHead(32)
+    state = {name: value + 1 for name, value in encoder.state_dict().items()}
+    (tmp_path / "saved").mkdir()
+    encoder.save_pretrained(tmp_path / "saved", state)
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(load_file(bi_folder / "model.safetensors"))
+    again = BiEncoder.from_pretrained(str(tmp_path / "saved"))
+    own = dict(encoder.backbone.named_parameters())
+    for name, value in again.backbone.named_parameters():
+        torch.testing.assert_close(value, own[name] + 1)
+
+
+def test_the_head_is_not_saved(bi_folder, tmp_path):
+    encoder = BiEncoder.from_pretrained(str(bi_folder))
+    encoder.head = MLPHead(32)
+    (tmp_path / "saved").mkdir()
+    encoder.save_pretrained(tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(load_file(bi_folder / "model.safetensors"))
+
+
+def test_a_saved_bi_encoder_scores_the_same_in_sentence_transformers(bi_folder):
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(bi_folder), device="cpu")
+    assert theirs.max_seq_length == 12
+    embeddings = [theirs.encode(list(side), convert_to_tensor=True) for side in zip(*PAIRS, strict=True)]
+    expected = torch.cosine_similarity(*embeddings).numpy()
+    np.testing.assert_allclose(scores_of(BiEncoder.from_pretrained(str(bi_folder))), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_bi_encoder_of_sentence_transformers_scores_the_same_here(bi_folder, tmp_path, normalize):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize
+
+    theirs = SentenceTransformer(str(bi_folder), device="cpu")
+    if normalize:
+        theirs.append(Normalize())
+    theirs.save(str(tmp_path / "theirs"))
+    ours = BiEncoder.from_pretrained(str(tmp_path / "theirs"))
+    assert (ours.pooling, ours.max_length) == ("mean", 12)
+    np.testing.assert_allclose(scores_of(ours), scores_of(BiEncoder.from_pretrained(str(bi_folder))), atol=1e-6)
+
+
+def test_a_saved_cross_encoder_scores_the_same_in_sentence_transformers(cross_folder):
+    import sentence_transformers
+
+    theirs = sentence_transformers.CrossEncoder(str(cross_folder), device="cpu")
+    expected = theirs.predict(PAIRS)
+    np.testing.assert_allclose(scores_of(CrossEncoder.from_pretrained(str(cross_folder))), expected, atol=1e-4)
+
+
+def test_a_cross_encoder_of_sentence_transformers_scores_the_same_here(cross_folder, tmp_path):
+    import sentence_transformers
+
+    sentence_transformers.CrossEncoder(str(cross_folder), device="cpu").save_pretrained(str(tmp_path / "theirs"))
+    assert inspect_encoder(str(tmp_path / "theirs")) == "cross"
+    ours = load_encoder(str(tmp_path / "theirs"))
+    np.testing.assert_allclose(scores_of(ours), scores_of(load_encoder(str(cross_folder))), atol=1e-6)
+
+
+def test_a_saved_cross_encoder_scores_the_same_in_plain_transformers(cross_folder):
+    model = AutoModelForSequenceClassification.from_pretrained(cross_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(cross_folder)
+    inputs = tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, 0].sigmoid().numpy()
+    np.testing.assert_allclose(scores_of(CrossEncoder.from_pretrained(str(cross_folder))), expected, atol=1e-4)
+
+
+# --- lengths, dropout, architectures ---------------------------------------------------------------------------------
+
+
+def test_the_length_is_the_one_asked_for_then_the_saved_one_within_what_the_model_takes(tiny_bert, bi_folder):
+    assert BiEncoder.from_pretrained(str(bi_folder)).max_length == 12
+    assert BiEncoder.from_pretrained(str(bi_folder), max_length=30).max_length == 30
+    assert BiEncoder.from_pretrained(str(tiny_bert), "cls").max_length == 64
+    assert BiEncoder.from_pretrained(str(tiny_bert), "cls", max_length=512).max_length == 64
+    assert CrossEncoder.from_pretrained(str(tiny_bert), max_length=512).max_length == 64
+
+
+def test_a_tokenizer_without_a_length_gets_the_models(tmp_path):
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=20, **SIZES)
+    name = save_model(tmp_path, config, model_max_length=10**30)
+    assert BiEncoder.from_pretrained(name, "cls").max_length == 20
+
+
+def test_robertas_positions_are_not_exceeded(tmp_path):
+    # Positions are counted on from the padding id, 1: of 20, two are never used.
+    config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=1, **SIZES)
+    name = save_model(tmp_path, config, pad_token="[UNK]")
+    for encoder in (BiEncoder.from_pretrained(name, "cls"), CrossEncoder.from_pretrained(name)):
+        assert encoder.max_length == 18
+        inputs = encoder.tokenizer(["pay " * 50], truncation=True, max_length=18, return_tensors="pt")
+        assert torch.isfinite(encoder(**inputs)).all()
+        inputs = encoder.tokenizer(["pay " * 50], truncation=True, max_length=19, return_tensors="pt")
+        with pytest.raises((IndexError, RuntimeError)):
+            encoder(**inputs)
+
+
+@pytest.mark.parametrize("kind", ["bi", "cross"])
+@pytest.mark.parametrize(("architecture", "takes"), [("bert", True), ("distilbert", False), ("modernbert", False)])
+def test_a_model_gets_token_types_only_if_it_takes_them(tmp_path, architecture, takes, kind):
+    name = save_model(tmp_path, ARCHITECTURES[architecture])
+    encoder = BiEncoder.from_pretrained(name, "mean") if kind == "bi" else CrossEncoder.from_pretrained(name)
+    seen: set[str] = set()
+    encoder.backbone.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
+    inputs = encoder.tokenizer(["pay"], ["late"], return_tensors="pt")
+    assert "token_type_ids" in inputs
+    assert torch.isfinite(encoder(**inputs)).all()
+    assert {"input_ids", "attention_mask"} <= seen
+    assert ("token_type_ids" in seen) is takes
+
+
+@pytest.mark.parametrize("kind", ["bi", "cross"])
+def test_dropout_overrides_the_configurations(tiny_bert, kind):
+    def load(dropout: float | None) -> nn.Module:
+        if kind == "bi":
+            return BiEncoder.from_pretrained(str(tiny_bert), "cls", dropout=dropout)
+        return CrossEncoder.from_pretrained(str(tiny_bert), dropout=dropout)
+
+    def rates(encoder: nn.Module) -> set[float]:
+        return {module.p for module in encoder.modules() if isinstance(module, nn.Dropout)}
+
+    assert rates(load(None)) == {0.1}
+    assert rates(load(0.3)) == {0.3}
+    encoder = load(0.0).train()
+    inputs = encoder.tokenizer(["pay my card"], ["late"], return_tensors="pt")
+    assert torch.equal(encoder(**inputs), encoder(**inputs))
+
+
+def test_dropout_of_other_architectures_is_overridden_too(tmp_path):
+    sizes = dict(dim=16, n_layers=1, n_heads=4, hidden_dim=32, max_position_embeddings=64)
+    name = save_model(tmp_path, DistilBertConfig(vocab_size=VOCABULARY, **sizes))
+    config = BiEncoder.from_pretrained(name, "cls", dropout=0.3).backbone.config
+    assert (config.dropout, config.attention_dropout) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_drophead_drops_whole_heads_and_scales_up_the_others(tmp_path, architecture):
+    encoder = BiEncoder.from_pretrained(save_model(tmp_path, ARCHITECTURES[architecture]), "cls", dropout=0.0)
+    add_drophead(encoder, 0.4)
+    hooked = [module for module in encoder.backbone.modules() if module._forward_pre_hooks]
+    assert len(hooked) == 2  # one in each layer
+    seen = []
+    hooked[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    sentences = [first for first, _ in PAIRS] * 4
+    embed(encoder.eval(), *sentences)
+    embed(encoder.train(), *sentences)
+    # [sentence, token, head, size]: the first layer gets the same in both modes.
+    plain, dropped = (states.reshape(96, -1, 4, 4) for states in seen)
+    kept = (dropped != 0).any(dim=3).any(dim=1)
+    scale = torch.where(kept, 4 / kept.sum(1, keepdim=True).clamp(min=1), 0.0)
+    torch.testing.assert_close(dropped, plain * scale[:, None, :, None])
+    assert 1 - kept.float().mean().item() == pytest.approx(0.4, abs=0.1)  # 384 draws: four standard deviations
+    assert len({tuple(row) for row in kept.tolist()}) > 8  # drawn for each input
+
+
+def test_drophead_does_nothing_outside_training(tiny_bert):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean", dropout=0.0).eval()
+    before = embed(encoder, "pay my card")
+    add_drophead(encoder, 0.9)
+    assert torch.equal(embed(encoder, "pay my card"), before)
+    assert not torch.equal(embed(encoder.train(), "pay my card"), before)
+
+
+def test_drophead_with_all_heads_dropped_gives_finite_gradients(tiny_bert):
+    encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean").train()
+    add_drophead(encoder, 1.0)
+    encoder(**encoder.tokenizer(["pay my card"], return_tensors="pt")).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
+
+
+def test_drophead_refuses_an_architecture_that_it_does_not_know(tmp_path):
+    name = save_model(tmp_path, AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **SIZES))
+    with pytest.raises(InputError, match="--drophead: the attention layers of a albert model are not known"):
+        add_drophead(BiEncoder.from_pretrained(name, "cls"), 0.1)

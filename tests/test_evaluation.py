@@ -1,0 +1,455 @@
+"""Metrics, tasks, tables, and the summary of a run."""
+
+import gzip
+import json
+import math
+import socket
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from conftest import random_pairs, write_jsonl
+
+from transencoder import summary
+from transencoder.errors import InputError
+from transencoder.evaluation import AUC, Pearson, Spearman, markdown_table, measure, result_entries, results_table
+from transencoder.summary import Round, best_round, collect_rounds, dev_of, keep_best, plot_progress, summary_table
+from transencoder.tasks import TASKS, Task, load_task
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def compute(metric: type, scores: list[float], gold: list[float]) -> float:
+    (value,) = metric(keep_in_memory=True).compute(predictions=scores, references=gold).values()
+    return value
+
+
+@pytest.mark.parametrize(
+    ("scores", "gold", "expected"),
+    [
+        ([0.1, 0.2, 0.9], [1, 4, 5], 100),  # the order is all that counts
+        ([0.9, 0.2, 0.1], [1, 4, 5], -100),
+        # Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 (1 + 1 + 1 + 1) / (4 * 15) = 0.6
+        ([0.1, 0.2, 0.3, 0.4], [2, 1, 4, 3], 60),
+        # Ties share the mean rank: 1.5 1.5 3 against 1 2 3. Deviations -0.5 -0.5 1 and -1 0 1:
+        # (0.5 + 1) / sqrt(1.5 * 2) = 0.866025
+        ([0.5, 0.5, 0.7], [1, 2, 3], 86.6025),
+    ],
+)
+def test_spearman(scores, gold, expected):
+    assert compute(Spearman, scores, gold) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "gold", "expected"),
+    [
+        ([0.1, 0.2, 0.3], [1, 2, 3], 100),
+        # Deviations -1 0 1 and -2 1 1: (2 + 1) / sqrt(2 * 6) = 0.866025
+        ([1, 2, 3], [1, 4, 4], 86.6025),
+        # Deviations -1 0 1 and 1 -2 1: 0
+        ([1, 2, 3], [4, 1, 4], 0),
+    ],
+)
+def test_pearson(scores, gold, expected):
+    assert compute(Pearson, scores, gold) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("metric", [Spearman, Pearson])
+@pytest.mark.parametrize(("scores", "gold"), [([0.5, 0.5, 0.5], [1, 2, 3]), ([1, 2, 3], [4, 4, 4])])
+def test_a_correlation_with_a_constant_is_not_a_number(metric, scores, gold, recwarn):
+    assert math.isnan(compute(metric, scores, gold))
+    assert not [warning for warning in recwarn if "constant" in str(warning.message).lower()]
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "expected"),
+    [
+        ([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1], 100),
+        ([0.9, 0.8, 0.2, 0.1], [0, 0, 1, 1], 0),
+        # Positives 0.2 and 0.9, negatives 0.1, 0.3, 0.4: 0.2 is above one of three, 0.9 above three: 4 of 6
+        ([0.2, 0.1, 0.3, 0.9, 0.4], [1, 0, 0, 1, 0], 66.6667),
+        # Positives 0.5 and 0.9, negatives 0.5 and 0.1: a tie counts half: (0.5 + 1 + 1 + 1) / 4
+        ([0.5, 0.9, 0.5, 0.1], [1, 1, 0, 0], 87.5),
+        ([0.3, 0.3, 0.3], [0, 1, 1], 50),
+    ],
+)
+def test_auc(scores, labels, expected):
+    assert compute(AUC, scores, labels) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_auc_of_one_label_only_is_not_a_number(label):
+    assert math.isnan(compute(AUC, [0.1, 0.2], [label, label]))
+
+
+def test_float32_scores_are_measured_without_new_ties():
+    scores = np.nextafter(np.float32(1), np.float32(0), dtype=np.float32) - np.arange(4, dtype=np.float32) * 2**-24
+    assert len(set(scores.tolist())) == 4
+    assert measure(make_task(4, "score"), scores)["spearman"] == pytest.approx(-100)
+
+
+def make_task(count: int, gold: str, name: str = "mine", split: str = "test") -> Task:
+    values = [float(i % 2) if gold == "label" else float(i) for i in range(count)]
+    columns = {
+        "sentence1": [f"a{i}" for i in range(count)],
+        "sentence2": [f"b{i}" for i in range(count)],
+        gold: values,
+    }
+    return Task(name, split, datasets.Dataset.from_dict(columns), gold)
+
+
+def test_graded_pairs_are_measured_by_correlations_and_labelled_ones_by_auc():
+    assert measure(make_task(3, "score"), np.array([1.0, 2.0, 3.0])) == pytest.approx(
+        {"spearman": 100, "pearson": 100}
+    )
+    assert measure(make_task(3, "label"), np.array([1.0, 2.0, 3.0])) == pytest.approx({"auc": 50})
+
+
+def test_metrics_need_no_network(monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert compute(Spearman, [1, 2, 3], [1, 2, 3]) == pytest.approx(100)
+    assert compute(AUC, [1, 2, 3], [0, 1, 1]) == pytest.approx(100)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def entry(encoders: list[str], task: str, metric: str, value: float, split: str = "test", kind: str = "bi") -> dict:
+    return dict(encoders=encoders, kind=kind, task=task, split=split, n=10, metric=metric, value=value)
+
+
+def test_result_entries_say_what_was_measured_on_what(tiny_bert, tmp_path):
+    cross = tmp_path / "cross"
+    cross.mkdir()
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (cross / "config.json").write_text(json.dumps(config))
+    scores = np.array([3.0, 2.0, 1.0])
+    names = [str(tiny_bert), str(cross)]
+    entries = result_entries(names, make_task(3, "score", "stsb", "dev"), scores)
+    shared = dict(encoders=names, kind="bi+cross", task="stsb", split="dev", n=3)
+    assert [(e["metric"], e["value"]) for e in entries] == [
+        ("spearman", pytest.approx(-100)),
+        ("pearson", pytest.approx(-100)),
+    ]
+    assert all({key: e[key] for key in shared} == shared for e in entries)
+    assert json.loads(json.dumps(entries)) == entries
+    (auc,) = result_entries(names[:1], make_task(4, "label"), np.array([0.0, 1.0, 0.0, 1.0]))
+    assert auc == dict(encoders=names[:1], kind="bi", task="mine", split="test", n=4, metric="auc", value=100.0)
+
+
+def test_the_results_table_shows_primary_metrics_and_their_mean():
+    results = [
+        entry(["a"], "stsb", "spearman", 80.126),
+        entry(["a"], "stsb", "pearson", 1.0),
+        entry(["a"], "stsb", "spearman", 70.0, split="dev"),
+        entry(["a"], "qqp", "auc", 60.0),
+        entry(["b", "c"], "stsb", "spearman", 50.0),
+        entry(["b", "c"], "qqp", "auc", 40.0),
+    ]
+    assert results_table(results).splitlines() == [
+        "| encoder | stsb | stsb.dev | qqp | mean |",
+        "| :--- | ---: | ---: | ---: | ---: |",
+        "| a | 80.13 | 70.00 | 60.00 | 70.04 |",
+        "| b + c | 50.00 |  | 40.00 | 45.00 |",
+    ]
+
+
+def test_a_markdown_table_has_one_line_for_each_row():
+    assert markdown_table(["a", "b"], [["x", "1"], ["y", "2"]]) == "| a | b |\n| :--- | ---: |\n| x | 1 |\n| y | 2 |\n"
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """stsb.jsonl, stsb.dev.jsonl, sickr.test.jsonl.gz and mrpc.jsonl, of 10, 11, 12 and 13 pairs."""
+    write_jsonl(tmp_path / "stsb.jsonl", random_pairs(10))
+    write_jsonl(tmp_path / "stsb.dev.jsonl", random_pairs(11))
+    lines = "".join(json.dumps(row) + "\n" for row in random_pairs(12))
+    (tmp_path / "sickr.test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(13)]
+    write_jsonl(tmp_path / "mrpc.jsonl", rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spec", "title", "size", "gold"),
+    [
+        ("stsb", "stsb", 10, "score"),
+        ("stsb.test", "stsb", 10, "score"),
+        ("stsb.dev", "stsb.dev", 11, "score"),
+        ("sickr", "sickr", 12, "score"),
+        ("mrpc", "mrpc", 13, "label"),
+    ],
+)
+def test_registered_tasks_are_found_in_the_data_folder(data_dir, spec, title, size, gold):
+    task = load_task(spec, str(data_dir))
+    assert (task.title, len(task.pairs), task.gold) == (title, size, gold)
+    assert task.pairs.column_names == ["sentence1", "sentence2", gold]
+
+
+def test_a_task_of_another_size_than_the_published_one_is_noted(data_dir, capsys):
+    load_task("stsb", str(data_dir))
+    assert "stsb: 10 rows, where the published set has 1379" in "".join(capsys.readouterr())
+    load_task("mrpc", str(data_dir))
+    assert "".join(capsys.readouterr()) == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("sts16", "no sts16.jsonl(.gz) or sts16.test.jsonl(.gz) for task sts16"),
+        ("sickr.dev", "no sickr.dev.jsonl(.gz)"),
+    ],
+)
+def test_a_task_that_the_data_folder_lacks_is_refused(data_dir, spec, words):
+    with pytest.raises(InputError) as caught:
+        load_task(spec, str(data_dir))
+    assert f"--data_dir {data_dir}: {words}" in str(caught.value)
+
+
+def test_a_task_file_with_another_gold_column_is_refused(data_dir):
+    write_jsonl(data_dir / "qqp.jsonl", random_pairs(5))
+    with pytest.raises(InputError, match=r"qqp\.jsonl: no column 'label'"):
+        load_task("qqp", str(data_dir))
+
+
+def test_a_file_is_a_task_by_its_own_or_a_given_name(data_dir):
+    path = data_dir / "stsb.dev.jsonl"
+    assert load_task(f"mine={path}").title == "mine"
+    assert load_task(f"mine.dev={path}").title == "mine.dev"
+    assert load_task(f"stsb.dev={path}").title == "stsb.dev"  # no need to be the registered one
+    assert load_task(str(data_dir / "mrpc.jsonl")).title == "mrpc"
+    assert len(load_task(str(path)).pairs) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "gold", "values"),
+    [
+        ("a.tsv", "sentence1\tsentence2\tscore\na\tb\t3\nc\td\t1.5\n", "score", [3.0, 1.5]),
+        ("a.csv", "sentence1,sentence2,label\na,b,1\nc,d,0\n", "label", [1.0, 0.0]),
+        ("a.csv", "label,sentence1,sentence2,score\n1,a,b,7\n0,c,d,8\n", "label", [1.0, 0.0]),
+        ("a.txt", "a||b||3\nc||d||1\n", "score", [3.0, 1.0]),
+    ],
+)
+def test_a_label_column_makes_a_binary_task_and_a_score_column_a_graded_one(tmp_path, name, content, gold, values):
+    (tmp_path / name).write_text(content)
+    task = load_task(str(tmp_path / name))
+    assert task.gold == gold
+    assert task.pairs[gold][:] == values
+
+
+def test_a_renamed_label_column_makes_a_binary_task(tmp_path):
+    (tmp_path / "qqp.csv").write_text("question1,question2,is_duplicate\na,b,1\nc,d,0\n")
+    columns = ["sentence1=question1", "sentence2=question2", "label=is_duplicate"]
+    task = load_task(f"qqp={tmp_path / 'qqp.csv'}", columns=columns)
+    assert task.gold == "label"
+    assert task.pairs["label"][:] == [1.0, 0.0]
+
+
+def test_what_is_neither_a_task_nor_a_file_is_refused_with_the_tasks(tmp_path):
+    for spec in ("stsc", "sts12.trian", f"mine={tmp_path}/no.tsv"):
+        with pytest.raises(InputError) as caught:
+            load_task(spec)
+        assert str(caught.value).startswith(f"{spec}: neither a file nor a task; tasks: ")
+        assert all(name in str(caught.value) for name in TASKS)
+
+
+def test_a_file_without_gold_values_is_refused(tmp_path):
+    (tmp_path / "a.tsv").write_text("sentence1\tsentence2\na\tb\n")
+    with pytest.raises(InputError, match=r"a\.tsv: no column 'score'; it has: sentence1, sentence2"):
+        load_task(str(tmp_path / "a.tsv"))
+
+
+def test_a_task_that_the_hub_does_not_give_is_refused_with_the_way_out():
+    assert datasets.config.HF_HUB_OFFLINE  # else this would ask the network
+    with pytest.raises(InputError, match=r"^stsb: mteb/stsbenchmark-sts cannot be loaded .* pass it as --data_dir"):
+        load_task("stsb")
+
+
+# --- the summary of a run --------------------------------------------------------------------------------------------
+
+
+def make_run(
+    folder: Path, students: list[str], values: dict[str, list[list[float]]], ready: str | None = None
+) -> Path:
+    """A run's folder with models and results.
+
+    Args:
+        values: for each folder (start, cycle-1, ...), [stsb.dev, stsb, sickr] of each encoder: first the
+            cross-encoders in the students' order, and then the bi-encoders.
+        ready: the start's bi-encoder, where it is not of this run.
+    """
+    driver = {
+        "students": [{"name": name, "plm": "p"} for name in students],
+        "pairs": ["p"],
+        "tasks": ["stsb", "sickr"],
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"run_transencoder": driver}))
+    for part, rows in values.items():
+        kinds = ["bi"] if part == "start" else ["cross", "bi"]
+        paths = [(kind, folder / part / f"{kind}-encoder" / name) for kind in kinds for name in students]
+        entries = []
+        for (kind, path), row in zip(paths, rows, strict=True):
+            path.mkdir(parents=True)
+            (path / "config.json").write_text(f"{part} {path.name}")
+            name = ready if ready and part == "start" else str(path)
+            for task, split, value in [("stsb", "dev", row[0]), ("stsb", "test", row[1]), ("sickr", "test", row[2])]:
+                entries.append(entry([name], task, "spearman", value, split, kind))
+                entries.append(entry([name], task, "pearson", 1.0, split, kind))
+        (folder / part / "results.json").write_text(json.dumps(entries))
+    return folder
+
+
+THREE = {
+    "start": [[60, 61, 70]],
+    "cycle-1": [[71, 72, 80], [65, 66, 75]],
+    "cycle-2": [[70, 79, 89], [68, 67, 77]],
+    "cycle-10": [[69, 80, 90], [67, 68, 78]],
+}
+
+
+def test_rounds_come_in_the_order_in_which_they_were_made(tmp_path):
+    rounds = collect_rounds(make_run(tmp_path, ["bert"], THREE))
+    assert [r.step for r in rounds] == [
+        "start, bi-encoder",
+        *(f"cycle {cycle}, {kind}-encoder" for cycle in (1, 2, 3) for kind in ("cross", "bi")),
+    ]
+    assert [r.values["stsb"] for r in rounds] == [61, 72, 66, 79, 67, 80, 68]
+    assert rounds[1].values == {"stsb.dev": 71, "stsb": 72, "sickr": 80}  # Spearman, not Pearson
+    assert (dev_of(rounds), summary.tests_of(rounds)) == ("stsb.dev", ["stsb", "sickr"])
+    assert {r.student for r in rounds} == {"bert"}
+    assert rounds[5].path == str(tmp_path / "cycle-10" / "cross-encoder" / "bert")
+
+
+def test_rounds_of_several_students_carry_their_names(tmp_path):
+    values = {"start": [[1, 1, 1], [2, 2, 2]], "cycle-1": [[3, 3, 3], [4, 4, 4], [5, 5, 5], [6, 6, 6]]}
+    rounds = collect_rounds(make_run(tmp_path, ["bert", "roberta"], values))
+    assert [(r.cycle, r.kind, r.student, r.values["stsb"]) for r in rounds] == [
+        (0, "bi", "bert", 1),
+        (0, "bi", "roberta", 2),
+        (1, "cross", "bert", 3),
+        (1, "cross", "roberta", 4),
+        (1, "bi", "bert", 5),
+        (1, "bi", "roberta", 6),
+    ]
+
+
+def test_an_unfinished_cycle_is_left_out(tmp_path):
+    run = make_run(tmp_path, ["bert"], {"start": THREE["start"], "cycle-1": THREE["cycle-1"]})
+    (run / "cycle-2").mkdir()
+    assert [r.cycle for r in collect_rounds(run)] == [0, 1, 1]
+
+
+def test_a_run_without_results_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no results"):
+        collect_rounds(make_run(tmp_path, ["bert"], {}))
+
+
+def test_the_summary_table_has_a_row_for_each_encoder_and_the_mean_of_the_tests(tmp_path):
+    rounds = collect_rounds(make_run(tmp_path, ["bert"], {"start": THREE["start"], "cycle-1": THREE["cycle-1"]}))
+    assert summary_table([rounds]).splitlines() == [
+        "| encoder | stsb.dev | stsb | sickr | mean of tests |",
+        "| :--- | ---: | ---: | ---: | ---: |",
+        "| start, bi-encoder | 60.00 | 61.00 | 70.00 | 65.50 |",
+        "| cycle 1, cross-encoder | 71.00 | 72.00 | 80.00 | 76.00 |",
+        "| cycle 1, bi-encoder | 65.00 | 66.00 | 75.00 | 70.50 |",
+    ]
+
+
+def test_the_summary_table_names_the_students_where_there_are_several(tmp_path):
+    rounds = collect_rounds(make_run(tmp_path, ["bert", "roberta"], {"start": [[1, 2, 3], [4, 5, 6]]}))
+    assert summary_table([rounds]).splitlines()[2:] == [
+        "| start, bi-encoder (bert) | 1.00 | 2.00 | 3.00 | 2.50 |",
+        "| start, bi-encoder (roberta) | 4.00 | 5.00 | 6.00 | 5.50 |",
+    ]
+
+
+def test_runs_of_several_seeds_are_summarized_by_mean_and_standard_deviation(tmp_path):
+    values = [[60, 61, 70], [62, 61, 74], [64, 61, 78]]
+    runs = [collect_rounds(make_run(tmp_path / f"{i}", ["bert"], {"start": [row]})) for i, row in enumerate(values)]
+    # 60 62 64: deviations -2 0 2, sqrt(8 / 2) = 2. Means of the tests 65.5 67.5 69.5: again 2
+    assert summary_table(runs).splitlines()[2:] == [
+        "| start, bi-encoder | 62.00 ± 2.00 | 61.00 ± 0.00 | 74.00 ± 4.00 | 67.50 ± 2.00 |"
+    ]
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_not_summarized_together(tmp_path):
+    one = collect_rounds(make_run(tmp_path / "one", ["bert"], {"start": THREE["start"]}))
+    longer = collect_rounds(
+        make_run(tmp_path / "longer", ["bert"], {"start": [[1, 1, 1]], "cycle-1": [[1, 1, 1]] * 2})
+    )
+    other = collect_rounds(make_run(tmp_path / "other", ["roberta"], {"start": [[1, 1, 1]]}))
+    for second in (longer, other):
+        with pytest.raises(InputError, match="these runs differ in more than their seed"):
+            summary_table([one, second])
+
+
+def make_rounds(*rows: tuple[int, str, float], dev: bool = True) -> list[Round]:
+    return [
+        Round(cycle, kind, "bert", f"{cycle}-{kind}", {"stsb.dev": value, "stsb": -value} if dev else {"stsb": value})
+        for cycle, kind, value in rows
+    ]
+
+
+def test_the_best_round_is_the_best_on_dev_of_its_kind():
+    rounds = make_rounds((0, "bi", 60), (1, "cross", 71), (1, "bi", 65), (2, "cross", 70), (2, "bi", 68))
+    assert best_round(rounds, "cross").cycle == 1
+    assert best_round(rounds, "bi").cycle == 2
+
+
+def test_the_best_bi_encoder_may_be_the_start():
+    rounds = make_rounds((0, "bi", 70), (1, "cross", 71), (1, "bi", 65))
+    assert best_round(rounds, "bi").cycle == 0
+
+
+def test_a_collapsed_encoder_is_never_the_best():
+    rounds = make_rounds((0, "bi", math.nan), (1, "cross", 60), (1, "bi", 65), (2, "cross", math.nan), (2, "bi", 64))
+    assert best_round(rounds, "bi").cycle == 1
+    assert best_round(rounds, "cross").cycle == 1
+
+
+def test_without_a_dev_set_the_last_cycle_is_the_best():
+    rounds = make_rounds((0, "bi", 90), (1, "cross", 80), (1, "bi", 70), (2, "cross", 60), (2, "bi", 50), dev=False)
+    assert [best_round(rounds, kind).cycle for kind in ("cross", "bi")] == [2, 2]
+
+
+def test_the_best_encoders_are_copied(tmp_path):
+    run = make_run(tmp_path, ["bert"], THREE)
+    lines = keep_best(run, collect_rounds(run))
+    assert lines == [
+        "`best/bi-encoder` is cycle 2, bi-encoder of bert (stsb.dev 68.00).",
+        "`best/cross-encoder` is cycle 1, cross-encoder of bert (stsb.dev 71.00).",
+    ]
+    assert (run / "best" / "bi-encoder" / "config.json").read_text() == "cycle-2 bert"
+    assert (run / "best" / "cross-encoder" / "config.json").read_text() == "cycle-1 bert"
+    assert (run / "cycle-1" / "cross-encoder" / "bert" / "config.json").exists()
+    assert sorted(path.name for path in (run / "best").iterdir()) == ["bi-encoder", "cross-encoder"]
+
+
+def test_a_ready_start_that_stays_the_best_is_named_and_not_copied(tmp_path):
+    values = {"start": [[90, 1, 1]], "cycle-1": THREE["cycle-1"]}
+    run = make_run(tmp_path, ["bert"], values, ready="org/simcse")
+    lines = keep_best(run, collect_rounds(run))
+    assert lines[0] == "The best bi-encoder is the start itself, org/simcse: no copy was made."
+    assert not (run / "best" / "bi-encoder").exists()
+
+
+@pytest.mark.parametrize("students", [["bert"], ["bert", "roberta"]])
+def test_the_plot_is_a_png_with_a_panel_for_each_student(tmp_path, students):
+    values = {"start": [[1, 1, 1]] * len(students), "cycle-1": [[3, 3, 3]] * 2 * len(students)}
+    rounds = collect_rounds(make_run(tmp_path / "run", students, values))
+    plot_progress(tmp_path / "progress.png", rounds)
+    content = (tmp_path / "progress.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == ((1.5 + 4.5 * len(students)) * 150, 600)
+    assert not (tmp_path / ".progress.png").exists()

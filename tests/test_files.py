@@ -1,0 +1,280 @@
+"""What a stage leaves on disk."""
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import transencoder
+from transencoder.errors import InputError
+from transencoder.files import RUN_FILE, claim, difference, move_into, write_folder, write_json, write_run
+from transencoder.scoring import scores_are_there, token_batches, write_scores
+from transencoder.tables import read_pairs
+
+STAGE = "distill_bi2cross"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- files and folders -----------------------------------------------------------------------------------------------
+
+
+def test_json_is_written_as_utf_8_and_nothing_else_is_left(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    write_json(tmp_path / "a.json", {"é": [1, None, 0.5]})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"é": [1, None, 0.5]}
+    assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("content", [{1, 2}, "half a character: \ud83d"], ids=["not JSON", "not UTF-8"])
+def test_json_that_cannot_be_written_leaves_the_old_file_as_it_was(tmp_path, content):
+    write_json(tmp_path / "a.json", "old")
+    with pytest.raises((TypeError, UnicodeEncodeError)):
+        write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "models" / "best"
+    write_folder(target, lambda folder: [(folder / name).touch() for name in ("a", "b")])
+    assert names(target) == ["a", "b"]
+    write_folder(target, lambda folder: (folder / "c").touch())
+    assert names(target) == ["c"]
+    assert names(target.parent) == ["best"]
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    target = tmp_path / "best"
+    write_folder(target, lambda folder: (folder / "a").touch())
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(target, fail)
+    assert names(target) == ["a"]
+    write_folder(target, lambda folder: (folder / "b").touch())
+    assert names(target) == ["b"]  # nothing of the failed attempt
+    assert names(tmp_path) == ["best"]
+
+
+def test_moving_into_a_folder_replaces_what_has_the_same_name(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, text in ((source, "new"), (target, "old")):
+        (folder / "1_Pooling").mkdir(parents=True)
+        (folder / "1_Pooling" / text).touch()
+        (folder / "config.json").write_text(text)
+        (folder / f"{text}.txt").touch()
+    move_into(source, target)
+    assert names(target) == ["1_Pooling", "config.json", "new.txt", "old.txt"]
+    assert names(target / "1_Pooling") == ["new"]
+    assert (target / "config.json").read_text() == "new"
+    assert names(source) == []
+
+
+# --- whose output folder it is ---------------------------------------------------------------------------------------
+
+
+def run_arguments(folder: Path, **changes: object) -> Namespace:
+    values = dict(output_dir=str(folder), overwrite=False, seed=1, learning_rate=2e-5, pairs=["a.tsv"], recipe=None)
+    return Namespace(**{**values, **changes})
+
+
+def test_a_new_or_empty_folder_is_free(tmp_path):
+    assert claim(run_arguments(tmp_path / "new"), STAGE) is False
+    assert claim(run_arguments(tmp_path), STAGE) is False
+
+
+def test_a_complete_run_is_done_and_an_interrupted_one_is_not(tmp_path):
+    write_run(run_arguments(tmp_path), STAGE, "running")
+    assert claim(run_arguments(tmp_path), STAGE) is False
+    write_run(run_arguments(tmp_path), STAGE, "complete")
+    assert claim(run_arguments(tmp_path), STAGE) is True
+
+
+def test_what_does_not_change_the_result_may_differ(tmp_path):
+    write_run(run_arguments(tmp_path, recipe="a.yaml", report_to="none", micro_batch_size=8), STAGE, "complete")
+    assert claim(run_arguments(tmp_path, report_to="all", micro_batch_size=4, eval_batch_tokens=99), STAGE) is True
+    link = tmp_path.with_name(f"{tmp_path.name}-link")
+    link.symlink_to(tmp_path)
+    assert claim(run_arguments(link), STAGE) is True  # the same folder by another name
+
+
+@pytest.mark.parametrize("status", ["running", "complete"])
+def test_the_folder_of_another_run_is_refused_with_the_difference(tmp_path, status):
+    write_run(run_arguments(tmp_path), STAGE, status)
+    with pytest.raises(InputError, match=r"holds another run's results \(seed is 1 there and 2 here\); .*--overwrite"):
+        claim(run_arguments(tmp_path, seed=2), STAGE)
+    with pytest.raises(InputError, match="swap is None there and True here"):
+        claim(run_arguments(tmp_path, swap=True), STAGE)
+
+
+def test_the_folder_of_another_stage_is_refused(tmp_path):
+    write_run(run_arguments(tmp_path), "distill_cross2bi", "complete")
+    with pytest.raises(InputError, match=f"--output_dir {tmp_path}: holds the result of distill_cross2bi; "):
+        claim(run_arguments(tmp_path), STAGE)
+
+
+def test_a_folder_with_foreign_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"holds files that are not this tool's; .*--overwrite"):
+        claim(run_arguments(tmp_path), STAGE)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '"text"', '{"stage": "distill_bi2cross", "status": "complete"}', "\xff"]
+)
+def test_a_folder_with_a_broken_run_file_is_refused(tmp_path, content):
+    (tmp_path / RUN_FILE).write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"run\.json cannot be read; "):
+        claim(run_arguments(tmp_path), STAGE)
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="not a folder"):
+            claim(run_arguments(tmp_path / "file", overwrite=overwrite), STAGE)
+
+
+@pytest.mark.parametrize("content", ["{", '{"stage": "other"}'])
+def test_overwrite_takes_any_folder(tmp_path, content):
+    (tmp_path / RUN_FILE).write_text(content)
+    (tmp_path / "thesis.tex").touch()
+    assert claim(run_arguments(tmp_path, overwrite=True), STAGE) is False
+
+
+def test_overwrite_repeats_a_complete_run(tmp_path):
+    write_run(run_arguments(tmp_path), STAGE, "complete")
+    assert claim(run_arguments(tmp_path, overwrite=True), STAGE) is False
+
+
+def test_a_named_result_may_lie_beside_other_files_but_not_replace_a_foreign_one(tmp_path):
+    (tmp_path / "bi-scores.parquet").touch()
+    assert claim(run_arguments(tmp_path), "evaluate_encoders", result="results.json") is False
+    (tmp_path / "results.json").touch()
+    with pytest.raises(InputError, match="holds files that are not this tool's"):
+        claim(run_arguments(tmp_path), "evaluate_encoders", result="results.json")
+    write_run(run_arguments(tmp_path), "evaluate_encoders", "complete")
+    assert claim(run_arguments(tmp_path), "evaluate_encoders", result="results.json") is True
+
+
+def test_a_named_result_does_not_hide_another_stages_run(tmp_path):
+    write_run(run_arguments(tmp_path), STAGE, "complete")
+    with pytest.raises(InputError, match=f"holds the result of {STAGE}"):
+        claim(run_arguments(tmp_path), "evaluate_encoders", result="results.json")
+
+
+def test_the_run_file_says_what_made_the_result(tmp_path):
+    write_run(run_arguments(tmp_path / "a" / "b", overwrite=True), STAGE, "complete", steps=7, dev=81.5)
+    run = json.loads((tmp_path / "a" / "b" / RUN_FILE).read_text(encoding="utf-8"))
+    assert run["stage"] == STAGE
+    assert run["status"] == "complete"
+    assert run["arguments"] == {"seed": 1, "learning_rate": 2e-5, "pairs": ["a.tsv"]}
+    assert run["versions"]["transencoder"] == transencoder.__version__
+    assert set(run["versions"]) == {"transencoder", "torch", "transformers"}
+    assert (run["steps"], run["dev"]) == (7, 81.5)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"--output_dir {tmp_path}/file/run: cannot be written: "):
+        write_run(run_arguments(tmp_path / "file" / "run"), STAGE, "running")
+
+
+def test_a_difference_names_up_to_three_values():
+    before, now = {"a": 1, "b": 2, "gone": "x"}, {"a": 1, "b": 3, "new": [4]}
+    expected = "b is 2 there and 3 here, gone is 'x' there and None here, new is None there and [4] here"
+    assert difference(before, now) == expected
+    assert difference(before, before) == ""
+    assert difference(dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 2)).count("there") == 3
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+FACTS = {"encoders": ["a", "b"], "seed": 1, "columns": None}
+
+
+def pairs_table(count: int = 5) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {name: [f"{name} {i}" for i in range(count)] for name in ("sentence1", "sentence2")}
+    )
+
+
+def test_scores_are_written_beside_their_pairs_in_order(tmp_path):
+    pairs = pairs_table().select([4, 0, 2])  # as dropping duplicates leaves it
+    path = tmp_path / "new" / "scores.parquet"
+    write_scores(path, pairs, np.array([0.1, -0.2, 0.3], dtype=np.float32), FACTS)
+    assert names(path.parent) == ["scores.parquet"]
+    table = pq.read_table(path)
+    assert table.column_names == ["sentence1", "sentence2", "score"]
+    assert table.schema.field("score").type == pa.float32()
+    assert table["sentence1"].to_pylist() == ["sentence1 4", "sentence1 0", "sentence1 2"]
+    assert table["sentence2"].to_pylist() == ["sentence2 4", "sentence2 0", "sentence2 2"]
+    assert table["score"].to_pylist() == pytest.approx([0.1, -0.2, 0.3])
+
+
+def test_written_scores_are_read_as_training_pairs(tmp_path):
+    write_scores(tmp_path / "scores.parquet", pairs_table(), np.linspace(0, 1, 5, dtype=np.float32), FACTS)
+    table = read_pairs([str(tmp_path / "scores.parquet")], "score")
+    assert table["sentence2"][:] == pairs_table()["sentence2"][:]
+    assert table["score"][:] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_scores_are_there_when_they_come_from_the_same_facts(tmp_path):
+    path = tmp_path / "scores.parquet"
+    assert scores_are_there(path, FACTS) is False
+    write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
+    assert scores_are_there(path, dict(FACTS)) is True
+
+
+def test_other_scores_are_refused_with_the_difference(tmp_path):
+    path = tmp_path / "scores.parquet"
+    write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
+    with pytest.raises(
+        InputError, match=r"--output .*scores\.parquet: holds other scores \(seed is 1 there and 2 here\)"
+    ):
+        scores_are_there(path, {**FACTS, "seed": 2})
+
+
+def test_files_that_are_not_our_scores_are_refused(tmp_path):
+    path = tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(InputError, match="was not written by this tool; add --overwrite"):
+        scores_are_there(path, FACTS)
+    path.write_text("text")
+    with pytest.raises(InputError, match="is not a Parquet file; add --overwrite"):
+        scores_are_there(path, FACTS)
+    os.unlink(path)
+    path.mkdir()
+    with pytest.raises(InputError, match="is not a Parquet file"):
+        scores_are_there(path, FACTS)
+
+
+# --- scoring batches -------------------------------------------------------------------------------------------------
+
+
+def test_token_batches_hold_every_row_once_longest_first_within_the_budget():
+    lengths = np.random.default_rng(0).integers(3, 65, size=500)
+    batches = list(token_batches(lengths, 256))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    ordered = lengths[np.concatenate(batches)]
+    assert (np.diff(ordered) <= 0).all()
+    assert all(len(batch) * lengths[batch].max() <= 256 for batch in batches)
+    # No batch could have taken the next row as well.
+    assert all((len(batch) + 1) * lengths[batch].max() > 256 for batch in batches[:-1])
+
+
+def test_a_row_longer_than_the_budget_comes_alone():
+    batches = [batch.tolist() for batch in token_batches(np.array([3, 50, 4, 20]), 10)]
+    assert batches == [[1], [3], [2, 0]]

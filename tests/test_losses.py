@@ -1,0 +1,157 @@
+"""The losses against values worked out by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+
+from transencoder.losses import bce_targets, cosine_mse, info_nce, soft_bce
+
+# --- step 1 ----------------------------------------------------------------------------------------------------------
+
+FIRST = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+SECOND = torch.tensor([[3.0, 0.0], [0.6, 0.8]])
+
+
+def test_info_nce_of_two_sentences():
+    # Cosines: 1.0 0.6    divided by 0.5: 2.0 1.2
+    #          0.0 0.8                    0.0 1.6
+    # -log softmax of the diagonal: log(1 + e^-0.8) = 0.371101, log(1 + e^-1.6) = 0.183901; mean 0.277501
+    assert info_nce(FIRST, SECOND, temperature=0.5).item() == pytest.approx(0.277501, abs=1e-5)
+    # The candidates are the rows of `second`: columns of the table above would give log(1 + e^-2.0), log(1 + e^-0.4).
+    # 0.126928, 0.513015; mean 0.319972
+    assert info_nce(SECOND, FIRST, temperature=0.5).item() == pytest.approx(0.319972, abs=1e-5)
+
+
+def test_info_nce_does_not_see_the_length_of_embeddings():
+    assert info_nce(7 * FIRST, 0.1 * SECOND, 0.5).item() == pytest.approx(0.277501, abs=1e-5)
+
+
+def test_info_nce_pulls_the_two_views_together_and_others_apart():
+    torch.manual_seed(0)
+    first, second = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    info_nce(first, second, 0.05).backward()
+    with torch.no_grad():
+        before = F.cosine_similarity(first[:, None], second[None], dim=-1)
+        step = [first - 1e-2 * first.grad, second - 1e-2 * second.grad]
+        change = F.cosine_similarity(step[0][:, None], step[1][None], dim=-1) - before
+    assert change.diagonal().mean() > 0
+    assert change[~torch.eye(6, dtype=torch.bool)].mean() < 0
+
+
+def train_half(rank: int, folder: str) -> None:
+    """One of two processes: its half of the batch, and the gradients averaged as data-parallel training does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    batch = torch.load(f"{folder}/batch.pt")
+    weight = batch["weight"].requires_grad_()
+    rows = slice(4 * rank, 4 * rank + 4)
+    loss = info_nce(batch["first"][rows] @ weight, batch["second"][rows] @ weight, 0.1)
+    loss.backward()
+    both = torch.cat([weight.grad.flatten(), loss.detach()[None]])
+    dist.all_reduce(both)
+    if rank == 0:
+        torch.save(both / 2, f"{folder}/mean.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_info_nce_of_two_processes_trains_as_one_process_with_the_whole_batch(tmp_path: Path):
+    torch.manual_seed(0)
+    batch = {"first": torch.randn(8, 5), "second": torch.randn(8, 5), "weight": torch.randn(5, 3)}
+    torch.save(batch, tmp_path / "batch.pt")
+    torch.multiprocessing.spawn(train_half, args=(str(tmp_path),), nprocs=2)
+    mean = torch.load(tmp_path / "mean.pt")
+
+    weight = batch["weight"].requires_grad_()
+    loss = info_nce(batch["first"] @ weight, batch["second"] @ weight, 0.1)
+    loss.backward()
+    torch.testing.assert_close(mean[:-1].reshape(5, 3), weight.grad)
+    torch.testing.assert_close(mean[-1], loss.detach())
+
+
+# --- step 2 ----------------------------------------------------------------------------------------------------------
+
+
+def test_soft_bce_of_two_pairs():
+    # Logit 0 against 0.5: log 2 = 0.693147. Logit 2 against 1: log(1 + e^-2) = 0.126928. Mean 0.410038
+    loss = soft_bce(torch.tensor([0.0, 2.0]), torch.tensor([0.5, 1.0]))
+    assert loss.item() == pytest.approx(0.410038, abs=1e-5)
+    # Logit 2 against 0.25: 0.25 log(1 + e^-2) + 0.75 log(1 + e^2) = 0.031732 + 1.595196
+    assert soft_bce(torch.tensor([2.0]), torch.tensor([0.25])).item() == pytest.approx(1.626928, abs=1e-5)
+
+
+@pytest.mark.parametrize("score", [0.1, 0.5, 0.9])
+def test_soft_bce_is_least_where_the_sigmoid_is_the_score(score):
+    best = torch.tensor([score]).logit()
+    logits = torch.tensor([best - 1, best, best + 1], requires_grad=True)
+    soft_bce(logits, torch.full((3,), score)).backward()
+    below, at, above = logits.grad.tolist()
+    assert at == pytest.approx(0, abs=1e-6)
+    assert below < -0.01  # towards the score from both sides
+    assert above > 0.01
+
+
+def test_shifted_targets_keep_every_difference():
+    # [-0.25, 1] is mapped to [0, 1]: (x + 0.25) / 1.25
+    targets = bce_targets(np.array([-0.25, 0.0, 0.5, 1.0], dtype=np.float32), "shift")
+    np.testing.assert_allclose(targets, [0.0, 0.2, 0.6, 1.0], atol=1e-6)
+
+
+def test_clipped_targets_make_every_negative_cosine_0():
+    targets = bce_targets(np.array([-1.0, -0.25, 0.0, 0.5, 1.0], dtype=np.float32), "clip")
+    assert targets.tolist() == [0.0, 0.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("negatives", ["shift", "clip"])
+def test_targets_without_negative_cosines_are_the_cosines(negatives):
+    assert bce_targets(np.array([0.25, 0.5], dtype=np.float32), negatives).tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("negatives", ["shift", "clip"])
+def test_targets_never_leave_0_to_1(negatives):
+    # A cosine of equal vectors may come out a little above 1.
+    targets = bce_targets(np.array([-1.0, -0.5, 1.0000001], dtype=np.float32), negatives)
+    assert targets.min() >= 0
+    assert targets.max() <= 1
+
+
+# --- step 3 ----------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_mse_of_two_pairs():
+    # Cosines 0.6 and 0, scores 1 and 0.5: (0.4^2 + 0.5^2) / 2 = 0.205; the length of the vectors does not matter
+    first, second = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, 9.0]])
+    assert cosine_mse(first, second, torch.tensor([1.0, 0.5])).item() == pytest.approx(0.205, abs=1e-6)
+
+
+def test_cosine_mse_moves_the_cosine_towards_the_score():
+    first = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    second = torch.tensor([[0.6, 0.8], [0.6, 0.8]])
+    cosine_mse(first, second, torch.tensor([0.9, 0.3])).backward()
+    up, down = F.cosine_similarity(first.detach() - 0.1 * first.grad, second).tolist()
+    assert 0.6 < up < 0.9
+    assert 0.3 < down < 0.6
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_computed_in_float32(kind):
+    torch.manual_seed(0)
+    first, second = torch.randn(4, 16).to(kind), torch.randn(4, 16).to(kind)
+    logits, scores = torch.randn(4).to(kind), torch.rand(4).to(kind)
+    for loss, inputs in [
+        (info_nce, (first, second)),
+        (soft_bce, (logits, scores)),
+        (cosine_mse, (first, second, scores)),
+    ]:
+        extra = (0.05,) if loss is info_nce else ()
+        found = loss(*inputs, *extra)
+        assert found.dtype == torch.float32
+        assert found == loss(*(value.float() for value in inputs), *extra)
