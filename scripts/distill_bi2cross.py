@@ -20,7 +20,7 @@ from transencoder.errors import one_line_errors
 from transencoder.files import claim, write_run
 from transencoder.losses import bce_targets, soft_bce
 from transencoder.runtime import finish, log, start
-from transencoder.scoring import pseudo_labels
+from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, count_pieces, select_by, train
 
@@ -32,17 +32,18 @@ def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
     select_by(arguments)
     if claim(arguments, STAGE):
-        return print(f"{arguments.output_dir} is complete already", file=sys.stderr)
+        return log(f"{arguments.output_dir} is complete already")
     accelerator = start(arguments)
 
     check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)
-    labels = pseudo_labels(arguments, accelerator)
-    examples = len(labels) * (2 if arguments.swap else 1)
+    pairs = read_label_pairs(arguments)
+    examples = len(pairs) * (2 if arguments.swap else 1)
     count_pieces(examples, arguments, accelerator.num_processes)
-    log(f"{len(labels)} scored pairs, {examples} examples")
+    log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running")
 
+    labels = pseudo_labels(arguments, pairs, accelerator)
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
     encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
     rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, arguments.swap)

@@ -19,7 +19,7 @@ from transencoder.errors import one_line_errors
 from transencoder.files import claim, write_run
 from transencoder.losses import cosine_mse
 from transencoder.runtime import finish, log, start
-from transencoder.scoring import pseudo_labels
+from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, count_pieces, select_by, train
 
@@ -31,16 +31,17 @@ def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
     select_by(arguments)
     if claim(arguments, STAGE):
-        return print(f"{arguments.output_dir} is complete already", file=sys.stderr)
+        return log(f"{arguments.output_dir} is complete already")
     accelerator = start(arguments)
 
     check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
     dev = load_dev(arguments)
-    labels = pseudo_labels(arguments, accelerator)
-    count_pieces(len(labels), arguments, accelerator.num_processes)
-    log(f"{len(labels)} scored pairs")
+    pairs = read_label_pairs(arguments)
+    count_pieces(len(pairs), arguments, accelerator.num_processes)
+    log(f"{len(pairs)} pairs")
     write_run(arguments, STAGE, "running")
 
+    labels = pseudo_labels(arguments, pairs, accelerator)
     encoder = BiEncoder.from_pretrained(
         arguments.model_name_or_path, arguments.pooling, arguments.max_length, arguments.dropout
     )

@@ -15,7 +15,7 @@ from transencoder.encoders import check_encoders
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import result_entries, results_table
 from transencoder.files import claim, write_json, write_run, write_text
-from transencoder.runtime import start
+from transencoder.runtime import log, start
 from transencoder.scoring import score_with
 from transencoder.tasks import load_task
 
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
     output = Path(arguments.output_dir)
     if claim(arguments, STAGE, result="results.json"):
-        return print((output / "results.md").read_text(encoding="utf-8"))
+        return log(f"{output / 'results.json'} is complete already")
     accelerator = start(arguments)
 
     check_encoders(arguments.encoders, arguments.pooling)
@@ -41,6 +41,10 @@ def main() -> None:
         )
         for task, scores in zip(tasks, all_scores, strict=True):
             results += result_entries(encoders, task, scores)
+    accelerator.init_trackers("trans-encoder")
+    for entry in results:
+        name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
+        accelerator.log({name: entry["value"]})
     if accelerator.is_main_process:
         write_json(output / "results.json", results)
         write_text(output / "results.md", results_table(results))

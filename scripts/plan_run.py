@@ -32,7 +32,7 @@ def main() -> None:
     quiet_libraries()
     recipe = resolve_recipe(arguments.recipe, arguments.plm, arguments.seed)
     plan = load_plan(recipe, f"--recipe {arguments.recipe}")
-    check_inputs(plan)
+    check_inputs(plan, arguments.recipe)
     if not arguments.dry_run:
         keep_recipe(recipe, Path(arguments.output_dir))
     print(to_shell(plan))

@@ -5,7 +5,7 @@
 #
 #   --recipe FILE       what to train on what; the other recipes are good places to start from
 #   --output_dir DIR    the run; the same command again goes on where it stopped
-#   --launcher CMD      how a stage is started (default: "accelerate launch")
+#   --launcher CMD      how a stage is started (default: "accelerate launch"); its words are split at spaces
 #   --plm MODEL         a language model in place of the recipe's: Hub id or folder (recipes with one student)
 #   --seed N            a seed in place of the recipe's
 #   --dry_run           print the commands, run nothing
@@ -42,9 +42,18 @@ plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${plan_
 eval "$plan"
 [[ $dry ]] || recipe=$run/recipe.yaml
 
-students=${#NAMES[@]} done_count=0
+students=${#NAMES[@]} done_count=0 redone=""
 total=$((1 + CYCLES * (3 + 2 * students)))
 for ready in "${READY_BI[@]}"; do [[ $ready ]] || total=$((total + 1)); done
+
+# A Parquet file appears when it is whole; a folder says so in run.json, and holds what the stage makes.
+is_complete() {
+  if [[ $1 == *.parquet ]]; then
+    [[ -f $1 ]]
+  else
+    grep -qs '"status": "complete"' "$1/run.json" && { compgen -G "$1/model*.safetensors" || [[ -f $1/results.json ]]; } >/dev/null
+  fi
+}
 
 # stage TITLE OUTPUT SCRIPT ARGUMENT...: run a script unless its output is complete.
 stage() {
@@ -56,10 +65,12 @@ stage() {
     printf '%q ' "${command[@]}"; echo
     return
   fi
-  if [[ -f $output && $output == *.parquet ]] || grep -qs '"status": "complete"' "$output/run.json"; then
+  if [[ ! $redone ]] && is_complete "$output"; then
     echo "[$done_count/$total] $title: done before" >&2
     return
   fi
+  [[ $redone && -e $output ]] && command+=(--overwrite)
+  redone=1  # what comes after was made from what is now made anew
   echo "[$done_count/$total] $title" >&2
   local started=$SECONDS
   "${command[@]}" || {

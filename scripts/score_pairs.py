@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parse_stage("score_pairs", __doc__)
     output, facts = Path(arguments.output), identity(arguments)
     if not arguments.overwrite and scores_are_there(output, facts):
-        return print(f"{output} is complete already", file=sys.stderr)
+        return log(f"{output} is complete already")
     accelerator = start(arguments)
 
     check_encoders(arguments.encoders, arguments.pooling)

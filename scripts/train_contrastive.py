@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
     select_by(arguments)
     if claim(arguments, STAGE):
-        return print(f"{arguments.output_dir} is complete already", file=sys.stderr)
+        return log(f"{arguments.output_dir} is complete already")
     accelerator = start(arguments)
 
     # Everything that can be wrong with the input, before any weights are loaded.

@@ -13,7 +13,7 @@ import pytest
 
 import transencoder
 from transencoder.errors import InputError
-from transencoder.files import RUN_FILE, claim, difference, move_into, write_folder, write_json, write_run
+from transencoder.files import RUN_FILE, claim, difference, move_model, write_folder, write_json, write_run
 from transencoder.scoring import scores_are_there, token_batches, write_scores
 from transencoder.tables import read_pairs
 
@@ -75,7 +75,7 @@ def test_moving_into_a_folder_replaces_what_has_the_same_name(tmp_path):
         (folder / "1_Pooling" / text).touch()
         (folder / "config.json").write_text(text)
         (folder / f"{text}.txt").touch()
-    move_into(source, target)
+    move_model(source, target)
     assert names(target) == ["1_Pooling", "config.json", "new.txt", "old.txt"]
     assert names(target / "1_Pooling") == ["new"]
     assert (target / "config.json").read_text() == "new"

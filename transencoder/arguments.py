@@ -4,6 +4,8 @@ Command line > recipe > default; an unknown key is an error.
 """
 
 import dataclasses
+import math
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
@@ -80,7 +82,7 @@ class TrainingArguments(ReportArguments, StageArguments):
 
 @dataclass
 class ContrastiveArguments(TrainingArguments):
-    """Step 1. Defaults that differ between the two methods are filled in by `with_method_defaults`."""
+    """Step 1. Defaults that differ between the two methods are filled in afterwards."""
 
     model_name_or_path: str = option("Pretrained language model: Hub id or folder.")
     sentences: list[str] = option("Unlabelled sentences: FILE(s) or Hub dataset id(s).")
@@ -201,6 +203,26 @@ class EvaluationArguments(ReportArguments, StageArguments):
     )
 
 
+# What a number may be: lowest and highest.
+LIMITS = {
+    "total_batch_size": (1, None),
+    "micro_batch_size": (1, None),
+    "num_epochs": (1, None),
+    "max_steps": (1, None),
+    "eval_steps": (1, None),
+    "eval_batch_tokens": (1, None),
+    "length_window": (1, None),
+    "mask_characters": (1, None),
+    "num_sentences": (2, None),
+    "max_length": (3, None),
+    "seed": (0, 2**32 - 1),
+    "warmup_ratio": (0, 1),
+    "dropout": (0, 1),
+    "drophead": (0, 1),
+    "weight_decay": (0, None),
+}
+POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
+
 STAGES = {
     "train_contrastive": ContrastiveArguments,
     "score_pairs": ScoringArguments,
@@ -231,6 +253,17 @@ class StageParser(HfArgumentParser):
         report_and_exit(message)
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML with the booleans of YAML 1.2: `mixed_precision: no` is the word "no"."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+
+
 def read_recipe(path: str) -> dict[str, dict[str, Any]]:
     """Read a recipe and check its sections and keys.
 
@@ -240,11 +273,13 @@ def read_recipe(path: str) -> dict[str, dict[str, Any]]:
         InputError: no such file, not YAML, an unknown section or an unknown key.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader)
     except OSError as error:
         raise InputError(f"--recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--recipe {path}: not YAML: {error}") from error
+    if isinstance(content, dict):
+        content = {section: {} if keys is None else keys for section, keys in content.items()}
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"--recipe {path}: must hold sections of keys, such as `common:` and `distill_bi2cross:`")
     names = {stage: {f.name for f in dataclasses.fields(arguments)} for stage, arguments in STAGES.items()}
@@ -293,4 +328,18 @@ def parse_stage(stage: str, description: str | None = None, argv: list[str] | No
     )
     if unknown:
         raise InputError(f"unknown arguments: {' '.join(unknown)} (see --help)")
+    check_numbers(arguments)
     return arguments
+
+
+def check_numbers(arguments: Any) -> None:
+    """Raise `InputError` for a number that makes no sense."""
+    for name, value in vars(arguments).items():
+        lowest, highest = LIMITS.get(name, (None, None))
+        if value is None or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value) or (name in POSITIVE and value <= 0):
+            raise InputError(f"--{name} {value}: must be a positive number")
+        if (lowest is not None and value < lowest) or (highest is not None and value > highest):
+            bounds = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+            raise InputError(f"--{name} {value}: must be {bounds}")

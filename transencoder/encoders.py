@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import huggingface_hub
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 from transencoder.errors import InputError
-from transencoder.files import write_json
+from transencoder.files import RUN_FILE, write_json
 
 Kind = Literal["bi", "cross", "plm"]
 POOLINGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
@@ -50,12 +52,14 @@ def inspect_encoder(name: str) -> Kind:
     config = read_model_file(name, "config.json")
     if config is None:
         raise InputError(f"{name}: not an encoder (no config.json)")
-    if "model_type" not in config:
-        raise InputError(f"{name}: not an encoder (config.json names no model_type)")
+    if not isinstance(config, dict) or config.get("model_type") not in CONFIG_MAPPING:
+        raise InputError(f"{name}: not an encoder (config.json names no model_type that transformers knows)")
+    if Path(name).is_dir():
+        _check_folder(Path(name))
     architectures = config.get("architectures") or []
     classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
     # sentence-transformers 6 writes modules.json for a cross-encoder too, with one module.
-    modules = read_model_file(name, "modules.json")
+    modules = _modules(name)
     if modules is not None and not (classifier and len(modules) == 1):
         return "bi"
     if classifier:
@@ -64,6 +68,35 @@ def inspect_encoder(name: str) -> Kind:
             raise InputError(f"{name}: a classifier with {labels} labels, not a cross-encoder (which has one)")
         return "cross"
     return "plm"
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a model's folder without readable weights or without a tokenizer, or one that is still being written."""
+    run = read_model_file(str(folder), RUN_FILE)
+    if isinstance(run, dict) and run.get("status") == "running":
+        raise InputError(f"{folder}: its training is not finished; run the same command again")
+    weights = [path for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+    if not weights:
+        raise InputError(f"{folder}: no weights (model.safetensors)")
+    for path in weights:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass  # reads the header, and compares the file's length with it
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: damaged: {error}") from error
+    if not any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab*", "*.model")):
+        raise InputError(f"{folder}: no tokenizer")
+
+
+def _modules(name: str) -> list[str] | None:
+    """Class names of a sentence-transformers model's modules; None for a plain model."""
+    modules = read_model_file(name, "modules.json")
+    if modules is None:
+        return None
+    if not isinstance(modules, list) or not all(isinstance(module, dict) and "type" in module for module in modules):
+        raise InputError(f"{name}: modules.json is not a list of modules")
+    return [str(module["type"]).rpartition(".")[2] for module in modules]
 
 
 def read_model_file(name: str, file: str) -> Any:
@@ -137,7 +170,7 @@ def check_language_model(name: str) -> None:
 
 def _read_pooling(name: str) -> str:
     """The pooling of a sentence-transformers folder, in its older form (one flag a mode) or its newer one (a name)."""
-    modules = [module["type"].rsplit(".", 1)[-1] for module in read_model_file(name, "modules.json")]
+    modules = _modules(name)
     if set(modules) - KNOWN_MODULES or modules[:2] != ["Transformer", "Pooling"]:
         raise InputError(
             f"{name}: its modules are {', '.join(modules)}; only Transformer, Pooling and Normalize are supported"
@@ -243,6 +276,9 @@ class CrossEncoder(nn.Module):
     def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int):
         super().__init__()
         self.backbone, self.tokenizer, self.max_length = backbone, tokenizer, max_length
+        for layer in backbone.modules():
+            if isinstance(layer, nn.Linear) and layer.out_features == 1:
+                _compute_in_float32(layer)
 
     @classmethod
     def from_pretrained(cls, name: str, max_length: int | None = None, dropout: float | None = None) -> "CrossEncoder":
@@ -280,6 +316,17 @@ def load_encoder(name: str, pooling: str | None = None) -> BiEncoder | CrossEnco
     if inspect_encoder(name) == "cross":
         return CrossEncoder.from_pretrained(name)
     return BiEncoder.from_pretrained(name, pooling)
+
+
+def _compute_in_float32(layer: nn.Linear) -> None:
+    """Take the layer out of autocast: logits rounded to bf16 have a few dozen values only, and tie."""
+    forward = layer.forward
+
+    def in_float32(states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return forward(states.float())
+
+    layer.forward = in_float32
 
 
 class MLPHead(nn.Sequential):

@@ -6,13 +6,18 @@ import sys
 from collections.abc import Callable
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of all processes, told before (and without) torch.distributed."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 class InputError(Exception):
     """Bad arguments or bad input: told to the user in one line, exit code 2, before any model is loaded."""
 
 
 def report_and_exit(message: str) -> None:
-    """Print one line on stderr (from the first process of each machine only) and exit with code 2."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    """Print one line on stderr (from the first process only) and exit with code 2."""
+    if is_first_process():
         script = os.path.basename(sys.argv[0])
         print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -72,13 +72,18 @@ def primary_metric(task: Task) -> str:
     return METRICS[task.gold][0].__name__.lower()
 
 
-def measure(task: Task, scores: np.ndarray) -> dict[str, float]:
-    """Every metric of `task` for `scores` (float [pairs]), x 100."""
+def measure(task: Task, scores: np.ndarray) -> dict[str, float | None]:
+    """Every metric of `task` for `scores` (float [pairs]), x 100; None where it is not defined."""
     gold = np.asarray(task.pairs[task.gold], dtype=np.float64)
     values: dict[str, float] = {}
     for metric in METRICS[task.gold]:
         values |= metric(keep_in_memory=True).compute(predictions=scores.astype(np.float64), references=gold)
-    return values
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def shown_value(value: float | None) -> str:
+    """Two decimals, or a dash."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 class DevSet:
@@ -89,8 +94,8 @@ class DevSet:
         self.metric = primary_metric(task)
         self.prepared = PreparedPairs(encoder, task.pairs)
 
-    def score(self, model: nn.Module) -> float:
-        """Spearman or AUC x 100 of `model` as it is now; NaN if it gives every pair the same score."""
+    def score(self, model: nn.Module) -> float | None:
+        """Spearman or AUC x 100 of `model` as it is now; None if it gives every pair the same score."""
         scores = score_prepared(model, self.prepared, self.accelerator, self.batch_tokens, "Dev")
         return measure(self.task, scores)[self.metric]
 
@@ -106,14 +111,15 @@ def results_table(results: list[dict[str, Any]]) -> str:
     """results.json's entries as a Markdown table: a row for each encoder, a column for each task, and the mean."""
     shown = [entry for entry in results if entry["metric"] in PRIMARY]
     titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float | None]] = {}
     for entry in shown:
         rows.setdefault(" + ".join(entry["encoders"]), {})[title(entry["task"], entry["split"])] = entry["value"]
     body = []
     for name, values in rows.items():
-        cells = [f"{values[title]:.2f}" if title in values else "" for title in titles]
-        body.append([name, *cells, f"{np.mean([values[title] for title in titles if title in values]):.2f}"])
-    return markdown_table(["encoder", *titles, "mean"], body)
+        known = [value for value in values.values() if value is not None]
+        body.append([name, *(shown_value(values.get(title)) for title in titles)])
+        body[-1] += [shown_value(float(np.mean(known)) if known else None)] if len(titles) > 1 else []
+    return markdown_table(["encoder", *titles, *(["mean"] if len(titles) > 1 else [])], body)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

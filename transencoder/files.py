@@ -1,5 +1,6 @@
 """What a stage leaves on disk. A result appears under its name only when it is whole."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,19 @@ from transencoder.errors import InputError
 
 RUN_FILE = "run.json"
 # These change how a run goes, not what comes out of it.
-NOT_IDENTITY = {"recipe", "overwrite", "report_to", "output_dir", "eval_batch_tokens", "micro_batch_size"}
+NOT_IDENTITY = {"recipe", "overwrite", "report_to", "output_dir", "output", "eval_batch_tokens", "micro_batch_size"}
+# Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
+MODEL_FILES = (
+    "1_Pooling",
+    "config*.json",
+    "model*.safetensors*",
+    "modules.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "token*",
+    "vocab*",
+    "merges.txt",
+)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,23 +56,48 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     os.replace(temporary, folder)
 
 
-def move_into(source: Path, target: Path) -> None:
-    """Move everything in `source` into the folder `target`, replacing what has the same name there."""
+def move_model(source: Path, target: Path) -> None:
+    """Move the saved model in `source` into the folder `target`, in the place of the one that may be there."""
+    for old in (path for pattern in MODEL_FILES for path in target.glob(pattern)):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     for item in source.iterdir():
-        if (target / item.name).is_dir():
-            shutil.rmtree(target / item.name)
         os.replace(item, target / item.name)
 
 
 def identity(arguments: Any) -> dict[str, Any]:
-    """The arguments that decide what comes out."""
-    return {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
+    """What decides what comes out: the arguments, and the SHA-256 of every file and local model that they name."""
+    values = {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
+    named = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
+    paths = [Path(item.rpartition("=")[2]) for item in named if isinstance(item, str)]
+    return {**values, "inputs": {str(path): sum_ for path in paths if (sum_ := _checksum(path))}}
+
+
+def _checksum(path: Path) -> str | None:
+    """SHA-256 of a file, or of the weights in a model's folder; None for anything else."""
+    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+    sha = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return None
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    sha.update(block)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    return sha.hexdigest() if files else None
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """In words, what sets two runs apart: "seed is 1 there and 2 here"."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in names[:3])
+    files = [
+        path
+        for path in {**before.get("inputs", {}), **now.get("inputs", {})}
+        if before.get("inputs", {}).get(path) != now.get("inputs", {}).get(path)
+    ]
+    names = [name for name in {**before, **now} if name != "inputs" and before.get(name) != now.get(name)]
+    changes = [f"{name} is {before.get(name)!r} there and {now.get(name)!r} here" for name in names[:3]]
+    return ", ".join(changes or [f"{path} has changed since" for path in files[:3]])
 
 
 def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
@@ -88,6 +126,7 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
         found_stage, found, status = run["stage"], run["arguments"], run["status"]
     except FileNotFoundError:
         raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
+        found = dict(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}: {RUN_FILE} cannot be read; {advice}") from error
     if found_stage != stage:

@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
-from transencoder.arguments import DRIVER, STAGES, as_options, read_recipe
+from transencoder.arguments import DRIVER, STAGES, as_options, parse_stage, read_recipe
 from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
+from transencoder.runtime import trackers
 from transencoder.tables import read_pairs, read_sentences
 from transencoder.tasks import load_task, parse_spec, title
+from transencoder.training import count_pieces, select_by
 
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
 
@@ -105,7 +107,8 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         if not student.bi_encoder and not (student.plm and plan.sentences):
             raise InputError(f"{where}: student {student.name}: needs a bi_encoder, or a plm and {DRIVER}.sentences")
         for stage in TRAINING_STAGES:
-            _check_options(stage, getattr(student, stage), where)
+            if not isinstance(getattr(student, stage), dict):
+                raise InputError(f"{where}: student {student.name}: {stage} must hold options")
     return plan
 
 
@@ -127,26 +130,45 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     return kind(**values)
 
 
-def _check_options(stage: str, options: Any, where: str) -> None:
-    known = {f.name for f in dataclasses.fields(STAGES[stage])}
-    if not isinstance(options, dict) or set(options) - known:
-        unknown = ", ".join(sorted(set(options) - known)) if isinstance(options, dict) else repr(options)
-        raise InputError(f"{where}: unknown option of {stage}: {unknown}")
-
-
-def check_inputs(plan: Plan) -> None:
+def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
+    columns = parse_stage("score_pairs", argv=_stand_ins("score_pairs", recipe_path)).columns
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
-            check_bi_encoder(student.bi_encoder, student.distill_cross2bi.get("pooling"))
+            check_bi_encoder(student.bi_encoder, None)
         else:
             check_language_model(student.plm)
-    read_pairs(plan.pairs)
+    pairs = len(read_pairs(plan.pairs, columns=columns, drop_duplicates=True))
+    sentences = 0
     if any(not student.bi_encoder for student in plan.students):
-        read_sentences(plan.sentences)
+        sentences = len(read_sentences(plan.sentences, columns))
     for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]:
-        load_task(spec, plan.data_dir)
+        load_task(spec, plan.data_dir, columns)
+    for student in plan.students:
+        _check_options(student, plan, recipe_path, sentences, pairs)
+
+
+def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:
+    """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
+    for stage in STAGES:
+        words = _stand_ins(stage, recipe_path) + as_options(getattr(student, stage, {}))
+        arguments = parse_stage(
+            stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
+        )
+        trackers(getattr(arguments, "report_to", "none"))
+        if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
+            select_by(arguments)
+            rows = min(sentences, arguments.num_sentences or sentences) if stage == "train_contrastive" else pairs
+            count_pieces(rows * (2 if getattr(arguments, "swap", False) else 1), arguments, 1)
+
+
+def _stand_ins(stage: str, recipe_path: str) -> list[str]:
+    """Words for a stage's parser with its required options in place, whatever they are."""
+    required = {"score_pairs": "--encoders x --pairs x --output x", "evaluate_encoders": "--encoders x --tasks x"}
+    training = "--model_name_or_path x " + ("--sentences x" if stage == "train_contrastive" else "--scores x")
+    words = required.get(stage, training) + ("" if stage == "score_pairs" else " --output_dir x")
+    return ["--recipe", recipe_path, *words.split()]
 
 
 def resolve_recipe(path: str, plm: str | None = None, seed: int | None = None) -> dict[str, Any]:
@@ -162,7 +184,7 @@ def resolve_recipe(path: str, plm: str | None = None, seed: int | None = None) -
     if plm is not None:
         students = (recipe.get(DRIVER) or {}).get("students")
         if not isinstance(students, list) or len(students) != 1 or not isinstance(students[0], dict):
-            raise InputError(f"--plm: {path} names several students; change them there")
+            raise InputError(f"--plm: {path} does not have just one student; set its models there")
         students[0]["plm"] = plm
     return recipe
 
@@ -171,9 +193,11 @@ def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
     """Write the resolved recipe into the run's folder, which makes the folder this recipe's.
 
     Raises:
-        InputError: the folder is another recipe's (more cycles than before are allowed: the run goes on).
+        InputError: the folder is another recipe's (but for the number of cycles, which may change).
     """
     path = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: not a folder")
     if path.exists():
         before, now = (_flat(content) for content in (read_recipe(str(path)), recipe))
         changed = difference(before, now)

@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
 from transencoder.arguments import StageArguments, TrainingArguments
-from transencoder.errors import InputError
+from transencoder.errors import InputError, is_first_process
 from transencoder.files import write_run
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -26,7 +26,7 @@ def start(arguments: StageArguments) -> Accelerator:
     Raises:
         InputError: the tracker asked for is not installed.
     """
-    trackers = _trackers(getattr(arguments, "report_to", "none"))
+    log_with = trackers(getattr(arguments, "report_to", "none"))
     quiet_libraries()
     handlers = []
     if _without_gpu():
@@ -38,7 +38,7 @@ def start(arguments: StageArguments) -> Accelerator:
         mixed_precision=_mixed_precision(arguments.mixed_precision),
         # The batch size is that of all processes together; each takes its part of every batch.
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        log_with=trackers or None,
+        log_with=log_with or None,
         project_dir=getattr(arguments, "output_dir", None),
         kwargs_handlers=handlers,
     )
@@ -53,7 +53,7 @@ def progress_bar(accelerator: Accelerator, total: int, title: str) -> tqdm:
 
 def log(message: str) -> None:
     """Write a line on stderr, from the first process only."""
-    if PartialState().is_main_process:
+    if is_first_process():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -94,7 +94,8 @@ def _mixed_precision(choice: str) -> str:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
-def _trackers(report_to: str) -> list[str]:
+def trackers(report_to: str) -> list[str]:
+    """The trackers to use; raises `InputError` for one that is not installed."""
     installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
     if report_to == "all":
         return installed

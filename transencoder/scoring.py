@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,18 +149,32 @@ def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts:
     table = pa.table(
         [pa.chunked_array(in_order(pairs).data.column(name).chunks) for name in PAIRS] + [scores], names=names
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), temporary)
-    os.replace(temporary, path)
+    try:
+        pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path) -> None:
+    """Raise `InputError` if `path` cannot become a Parquet file, before there is anything to lose."""
+    if path.suffix != ".parquet" or path.is_dir():
+        raise InputError(f"--output {path}: must be the name of a .parquet file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written: {error.strerror}") from error
 
 
 def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
     """Whether `path` already holds the scores that `facts` describe.
 
     Raises:
-        InputError: it holds something else.
+        InputError: it holds something else, or nothing can be written there.
     """
+    check_output(path)
     if not path.exists():
         return False
     try:
@@ -168,22 +183,38 @@ def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
         raise InputError(f"--output {path}: exists and is not a Parquet file; add --overwrite") from error
     if found is None:
         raise InputError(f"--output {path}: exists and was not written by this tool; add --overwrite")
+    found.pop("world_size", None)  # for the record: the scores do not depend on it
     changed = difference(found, json.loads(json.dumps(facts)))
     if changed:
         raise InputError(f"--output {path}: holds other scores ({changed}); choose another name or add --overwrite")
     return True
 
 
-def pseudo_labels(arguments: LabelArguments, accelerator: Accelerator) -> datasets.Dataset:
-    """A student's training pairs with the column `score`: from --scores, or from --teachers and --pairs.
+def read_label_pairs(arguments: LabelArguments) -> datasets.Dataset:
+    """A student's training pairs, checked: with the column `score` from --scores, or without it from --pairs.
 
-    Teachers' scores are kept in the output folder as teacher-scores.parquet; the teachers are gone before this
-    returns.
+    Raises:
+        InputError: also for a score outside [-1, 1]: neither a cosine nor a probability.
+    """
+    if not arguments.scores:
+        check_encoders(arguments.teachers, None)
+        return read_pairs(arguments.pairs, columns=arguments.columns, drop_duplicates=True)
+    pairs = read_pairs([arguments.scores], "score", arguments.columns)
+    scores = np.asarray(pairs["score"])
+    (outside,) = np.nonzero(np.abs(scores) > 1 + 1e-5)
+    if len(outside):
+        row = outside[0]
+        raise InputError(f"{arguments.scores}: row {row + 1}: score {scores[row]} is not in [-1, 1]")
+    return pairs
+
+
+def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerator: Accelerator) -> datasets.Dataset:
+    """`pairs` with the column `score`, which --teachers give them first where there is none.
+
+    Teachers' scores are kept as teacher-scores.parquet in the output folder; the teachers are gone at the return.
     """
     if arguments.scores:
-        return read_pairs([arguments.scores], "score", arguments.columns)
-    pairs = read_pairs(arguments.pairs, columns=arguments.columns)
-    check_encoders(arguments.teachers, None)
+        return pairs
     path = Path(arguments.output_dir) / "teacher-scores.parquet"
     score_to_file(arguments.teachers, pairs, path, accelerator, arguments.eval_batch_tokens)
     return read_pairs([str(path)], "score")
@@ -202,6 +233,6 @@ def score_to_file(
     """Score `pairs` with the mean of the encoders, write `path` from the first process, and return the scores."""
     (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling, both_orders)
     if accelerator.is_main_process:
-        write_scores(path, pairs, scores, facts or {"encoders": names})
+        write_scores(path, pairs, scores, {**(facts or {"encoders": names}), "world_size": accelerator.num_processes})
     accelerator.wait_for_everyone()
     return scores

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from transencoder.arguments import DRIVER, read_recipe
+from transencoder.arguments import read_recipe
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table
 from transencoder.files import write_folder
+from transencoder.plan import Student, load_plan
 from transencoder.tasks import title
 
 
@@ -44,30 +45,32 @@ def collect_rounds(run: Path) -> list[Round]:
     """Every measured encoder of a run, in the order in which they were made.
 
     Raises:
-        InputError: nothing was measured there.
+        InputError: a cycle of its recipe has not been measured yet.
     """
-    folders = [run / "start", *sorted(run.glob("cycle-*"), key=lambda path: int(path.name.partition("-")[2]))]
-    students = [student["name"] for student in _recipe_students(run)]
+    plan = load_plan(read_recipe(str(run / "recipe.yaml")), str(run / "recipe.yaml"))
     rounds: list[Round] = []
-    for cycle, folder in enumerate(folders):
+    for cycle in range(plan.cycles + 1):
+        folder = run / f"cycle-{cycle}" if cycle else run / "start"
         if not (folder / "results.json").is_file():
-            continue
-        found: dict[str, Round] = {}
-        for entry in json.loads((folder / "results.json").read_text(encoding="utf-8")):
-            (path,) = entry["encoders"]
-            if path not in found:
-                same_kind = sum(entry["kind"] == other.kind for other in found.values())
-                found[path] = Round(cycle, entry["kind"], students[same_kind], path, {})
-            if entry["metric"] in PRIMARY:
-                found[path].values[title(entry["task"], entry["split"])] = entry["value"]
-        rounds += found.values()
-    if not rounds:
-        raise InputError(f"{run}: holds no results")
+            raise InputError(f"{folder}: no results.json; run_transencoder.sh has not finished there")
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        for kind in ("cross", "bi") if cycle else ("bi",):
+            for student in plan.students:
+                rounds.append(_round(run, cycle, kind, student, results))
     return rounds
 
 
-def _recipe_students(run: Path) -> list[dict[str, Any]]:
-    return read_recipe(str(run / "recipe.yaml"))[DRIVER]["students"]
+def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
+    """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
+    inside = f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
+    ready = student.bi_encoder if not cycle else None
+    values = {
+        title(entry["task"], entry["split"]): math.nan if entry["value"] is None else entry["value"]
+        for entry in results
+        if entry["metric"] in PRIMARY
+        and (entry["encoders"] == [ready] if ready else entry["encoders"][0].endswith(inside))
+    }
+    return Round(cycle, kind, student.name, ready or str(run / inside), values)
 
 
 def tests_of(rounds: list[Round]) -> list[str]:
@@ -127,7 +130,7 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
             why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
             lines.append(f"`best/{kind}-encoder` is {best.step} of {best.student} ({why}).")
         else:
-            lines.append(f"The best {kind}-encoder is the start itself, {best.path}: no copy was made.")
+            lines.append(f"The best {kind}-encoder is the start itself, {best.path} from the Hub: no copy was made.")
     return lines
 
 

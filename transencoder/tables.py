@@ -61,9 +61,8 @@ def read_sentences(sources: list[str], columns: list[str] | None = None) -> data
     """
     parts = []
     for source in sources:
-        found = None if is_hub_id(source) else column_names(source)
-        if found and "sentence" not in found and set(PAIRS) <= set(found) and not columns:
-            table = _cached_table(source, PAIRS, None)
+        if not is_hub_id(source) and _holds_pairs(source, _parse_renaming(columns)):
+            table = _cached_table(source, PAIRS, columns)
             parts += [table.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
         else:
             parts.append(_cached_table(source, SENTENCES, columns))
@@ -116,6 +115,18 @@ def _without_repeats(table: datasets.Dataset) -> datasets.Dataset:
         start += len(batch)
     first = np.sort(np.unique(hashes, return_index=True)[1])
     return table if len(first) == len(table) else table.select(first)
+
+
+def _holds_pairs(source: str, renaming: dict[str, str]) -> bool:
+    """Whether a file has two sentences a row, and no column of sentences."""
+    found = column_names(source)
+    pairs = all(_theirs(name, renaming, found) in found for name in PAIRS)
+    return pairs and _theirs("sentence", renaming, found) not in found
+
+
+def _theirs(name: str, renaming: dict[str, str], found: list[str]) -> str:
+    """What a file with the columns `found` calls our column: a renaming is for the files that have such a column."""
+    return renaming[name] if name in renaming and renaming[name] in found else name
 
 
 def is_hub_id(source: str) -> bool:
@@ -252,7 +263,7 @@ def _as_numbers(column: pa.Array, name: str, source: str, rows_before: int) -> p
 
 def _read_batches(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> Iterator[pa.RecordBatch]:
     """Pieces of a file with the `wanted` columns, under our names, unchecked."""
-    theirs = [renaming.get(name, name) for name in wanted]
+    theirs = [_theirs(name, renaming, column_names(source)) for name in wanted]
     readers = {".txt": _read_text, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
     reader = readers.get(_format_of(source), _read_delimited)
     if reader is not _read_text:
@@ -396,7 +407,7 @@ def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) ->
         raise InputError(
             f"{source}: cannot be loaded from the Hub ({type(error).__name__}); pass a local file instead"
         ) from error
-    theirs = [renaming.get(name, name) for name in wanted]
+    theirs = [_theirs(name, renaming, table.column_names) for name in wanted]
     _require_columns(source, theirs, table.column_names)
     table = table.select_columns(theirs).rename_columns({b: a for a, b in zip(wanted, theirs, strict=True) if a != b})
     chunks = table.with_format("arrow").iter(100_000)

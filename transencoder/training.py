@@ -19,8 +19,8 @@ from transencoder.arguments import TrainingArguments
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
-from transencoder.evaluation import DevSet
-from transencoder.files import move_into, write_folder
+from transencoder.evaluation import DevSet, shown_value
+from transencoder.files import move_model, write_folder
 from transencoder.runtime import as_plain, log, progress_bar
 from transencoder.tasks import Task
 
@@ -196,12 +196,12 @@ class Trainer:
         self.loss_count = 0
         entry = {"step": progress.step, "epoch": round(progress.step / self.sampler.batches, 3), "loss": mean}
         if self.dev is not None:
-            entry["dev"] = self.dev.score(self.model)
+            entry["dev"] = self.dev.score(self.model)  # None if every pair got the same score
             self.accelerator.log({f"dev/{self.dev.metric}": entry["dev"]}, step=progress.step)
         progress.history.append(entry)
-        shown = f", dev {self.dev.metric} {entry['dev']:.2f}" if self.dev is not None else ""
+        shown = f", dev {self.dev.metric} {shown_value(entry['dev'])}" if self.dev is not None else ""
         log(f"step {progress.step}/{self.total_steps}: loss {mean:.4f}{shown}")
-        if self.keep_best and entry["dev"] > progress.best:  # never true for NaN, the score of a collapsed model
+        if self.keep_best and entry["dev"] is not None and entry["dev"] > progress.best:
             progress.best, progress.best_step = entry["dev"], progress.step
             self.save()
 
@@ -221,7 +221,7 @@ class Trainer:
             self.save()
         if self.accelerator.is_main_process:
             output = Path(self.arguments.output_dir)
-            move_into(self.kept, output)
+            move_model(self.kept, output)
             shutil.rmtree(output / "checkpoints")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
