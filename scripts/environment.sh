@@ -1,12 +1,12 @@
 # Sourced by quickstart.sh and test.sh, from the checkout's top: `source scripts/environment.sh REQUIREMENTS`.
 # Makes .venv where it is missing, installs the file into it once (again when the file changes), and activates it.
-if [[ ! -x .venv/bin/python ]]; then
+if [[ ! -f .venv/bin/activate ]]; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "error: Python 3.10 or newer is needed, python3 is $(python3 --version 2>&1)" >&2
     exit 2
   }
   echo "Making .venv" >&2
-  python3 -m venv .venv
+  python3 -m venv --clear .venv
 fi
 source .venv/bin/activate
 wanted=$(cat requirements*.txt | sha256sum)

