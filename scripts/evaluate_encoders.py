@@ -48,7 +48,7 @@ def main() -> None:
     if accelerator.is_main_process:
         write_json(output / "results.json", results)
         write_text(output / "results.md", results_table(results))
-        write_run(arguments, STAGE, "complete")
+        write_run(arguments, STAGE, "complete", world_size=accelerator.num_processes)
         print(results_table(results))
     accelerator.end_training()
 

@@ -14,7 +14,7 @@ from transencoder.encoders import check_encoders
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
 from transencoder.runtime import log, start
-from transencoder.scoring import score_to_file, scores_are_there
+from transencoder.scoring import check_output, score_to_file, scores_are_there
 from transencoder.tables import read_pairs
 
 
@@ -22,6 +22,7 @@ from transencoder.tables import read_pairs
 def main() -> None:
     arguments = parse_stage("score_pairs", __doc__)
     output, facts = Path(arguments.output), identity(arguments)
+    check_output(output)
     if not arguments.overwrite and scores_are_there(output, facts):
         return log(f"{output} is complete already")
     accelerator = start(arguments)

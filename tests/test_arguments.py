@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import random_pairs, write_jsonl
 
-from transencoder.arguments import DRIVER, STAGES, ContrastiveArguments, as_options, parse_stage, read_recipe
+from transencoder.arguments import (
+    DRIVER,
+    LIMITS,
+    POSITIVE,
+    STAGES,
+    ContrastiveArguments,
+    as_options,
+    parse_stage,
+    read_recipe,
+)
+from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError, one_line_errors
-from transencoder.plan import keep_recipe, load_plan, resolve_recipe, to_shell
+from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
 
 CROSS = ["--model_name_or_path", "bert", "--scores", "s.parquet", "--output_dir", "out"]
 STEP1 = ["--model_name_or_path", "bert", "--sentences", "s.txt", "--output_dir", "out"]
@@ -57,7 +68,7 @@ def test_recipe_values_arrive_in_their_types(recipe):
         "distill_bi2cross:\n"
         "  learning_rate: 2e-4  # a string in YAML 1.1\n"
         "  weight_decay: 1.0e-2\n"
-        "  swap: off\n"
+        "  swap: false\n"
         "  dropout: null\n"
         "  max_steps: 10\n"
         "  columns: [sentence1=a, 'sentence2=b c']\n"
@@ -71,6 +82,35 @@ def test_recipe_values_arrive_in_their_types(recipe):
     assert arguments.max_steps == 10
     assert arguments.columns == ["sentence1=a", "sentence2=b c"]
     assert arguments.dev == "mine=a file.tsv"
+
+
+def test_the_booleans_of_a_recipe_are_those_of_yaml_1_2(recipe, capsys):
+    text = (
+        "common: {mixed_precision: no}\ndistill_bi2cross: {dev: on, swap: False}\nrun_transencoder: {a: [yes, True]}\n"
+    )
+    path = recipe(text)
+    content = read_recipe(path)
+    assert content["common"] == {"mixed_precision": "no"}
+    assert content["distill_bi2cross"] == {"dev": "on", "swap": False}
+    assert content[DRIVER] == {"a": ["yes", True]}
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path])
+    assert (arguments.mixed_precision, arguments.dev, arguments.swap) == ("no", "on", False)
+    assert "--swap" in refusal(
+        capsys, "distill_bi2cross", *CROSS, "--recipe", recipe("distill_bi2cross: {swap: off}\n")
+    )
+
+
+def test_a_resolved_recipe_keeps_its_words(recipe, tmp_path):
+    content = resolve_recipe(recipe("common: {mixed_precision: no, dev: off, swap: true}\n"))
+    keep_recipe(content, tmp_path / "run")
+    assert read_recipe(str(tmp_path / "run" / "recipe.yaml")) == content
+    assert content["common"] == {"mixed_precision": "no", "dev": "off", "swap": True}
+
+
+@pytest.mark.parametrize("text", ["common:\n", "common:\ndistill_bi2cross:\n", "common: {}\n"])
+def test_an_empty_section_is_the_same_as_no_keys(recipe, text):
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", recipe(text)])
+    assert {**vars(arguments), "recipe": None} == vars(parse_stage("distill_bi2cross", argv=CROSS))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +203,8 @@ def test_missing_required_options_are_told_in_one_line(capsys):
         ("seed: 1\n", "must hold sections of keys"),
         ("- seed\n", "must hold sections of keys"),
         ("", "must hold sections of keys"),
-        ("common:\n", "must hold sections of keys"),
+        ("common: 1\n", "must hold sections of keys"),
+        ("common: []\n", "must hold sections of keys"),
         ("common: {seed: 1\n", "not YAML: "),
         ("common: {num_epochs: many}\n", "--num_epochs"),
         ("distill_bi2cross: {mixed_precision: fp64}\n", "fp64"),
@@ -202,8 +243,99 @@ def test_step_1_refuses_accumulation(capsys):
     )
 
 
-def test_only_the_first_process_of_a_machine_tells_an_error(capsys, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+BAD_NUMBERS = [
+    ("distill_bi2cross", "total_batch_size", "0", "at least 1"),
+    ("distill_bi2cross", "micro_batch_size", "0", "at least 1"),
+    ("distill_bi2cross", "num_epochs", "0", "at least 1"),
+    ("distill_cross2bi", "max_steps", "-1", "at least 1"),
+    ("distill_cross2bi", "max_steps", "0", "at least 1"),
+    ("distill_bi2cross", "eval_steps", "0", "at least 1"),
+    ("score_pairs", "eval_batch_tokens", "0", "at least 1"),
+    ("train_contrastive", "length_window", "0", "at least 1"),
+    ("train_contrastive", "mask_characters", "0", "at least 1"),
+    ("train_contrastive", "num_sentences", "1", "at least 2"),
+    ("train_contrastive", "max_length", "2", "at least 3"),
+    ("evaluate_encoders", "seed", "-1", "from 0 to 4294967295"),
+    ("score_pairs", "seed", str(2**32), "from 0 to 4294967295"),
+    ("distill_bi2cross", "warmup_ratio", "1.01", "from 0 to 1"),
+    ("distill_bi2cross", "warmup_ratio", "-0.1", "from 0 to 1"),
+    ("distill_bi2cross", "dropout", "2", "from 0 to 1"),
+    ("train_contrastive", "drophead", "-0.5", "from 0 to 1"),
+    ("distill_bi2cross", "weight_decay", "-1", "at least 0"),
+    ("distill_bi2cross", "learning_rate", "nan", "a positive number"),
+    ("distill_bi2cross", "learning_rate", "inf", "a positive number"),
+    ("distill_bi2cross", "learning_rate", "0", "a positive number"),
+    ("distill_bi2cross", "learning_rate", "-1", "a positive number"),
+    ("train_contrastive", "temperature", "0", "a positive number"),
+    ("distill_cross2bi", "max_grad_norm", "0", "a positive number"),
+    ("distill_cross2bi", "dropout", "nan", "must be"),
+    ("distill_cross2bi", "weight_decay", "inf", "must be"),
+]
+REQUIRED = {
+    "train_contrastive": STEP1,
+    "score_pairs": ["--encoders", "e", "--pairs", "p", "--output", "o.parquet"],
+    "distill_bi2cross": CROSS,
+    "distill_cross2bi": CROSS,
+    "evaluate_encoders": ["--encoders", "e", "--tasks", "t", "--output_dir", "out"],
+}
+
+
+@pytest.mark.parametrize(("stage", "name", "value", "expected"), BAD_NUMBERS)
+def test_a_number_that_makes_no_sense_is_told_in_one_line(capsys, stage, name, value, expected):
+    line = refusal(capsys, stage, *REQUIRED[stage], f"--{name}", value)
+    assert f"--{name} " in line
+    assert expected in line
+
+
+def test_a_number_of_a_recipe_is_checked_too(capsys, recipe):
+    path = recipe("common: {total_batch_size: 0}\n")
+    assert "--total_batch_size 0: must be at least 1" in refusal(capsys, "distill_bi2cross", *CROSS, "--recipe", path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("distill_bi2cross", "total_batch_size", 1),
+        ("distill_bi2cross", "max_steps", 1),
+        ("distill_bi2cross", "warmup_ratio", 0),
+        ("distill_bi2cross", "warmup_ratio", 1),
+        ("distill_bi2cross", "dropout", 0),
+        ("distill_bi2cross", "weight_decay", 0),
+        ("distill_bi2cross", "seed", 0),
+        ("distill_bi2cross", "seed", 2**32 - 1),
+        ("distill_bi2cross", "learning_rate", 1e-9),
+        ("train_contrastive", "max_length", 3),
+        ("train_contrastive", "num_sentences", 2),
+        ("train_contrastive", "drophead", 1),
+    ],
+)
+def test_numbers_at_their_limits_are_taken(stage, name, value):
+    assert getattr(parse_stage(stage, argv=[*REQUIRED[stage], f"--{name}", str(value)]), name) == value
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_defaults_are_within_the_limits(stage):
+    parse_stage(stage, argv=REQUIRED[stage])
+
+
+def test_every_limit_is_that_of_an_option():
+    known = {name for stage in STAGES for name in vars(parse_stage(stage, argv=REQUIRED[stage]))}
+    assert {*LIMITS, *POSITIVE} <= known
+
+
+@pytest.mark.parametrize("rank", ["0", None])
+def test_the_first_of_all_processes_tells_an_error(capsys, monkeypatch, rank):
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    assert "--sede" in refusal(capsys, "distill_bi2cross", *CROSS, "--sede", "1")
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_only_the_first_of_all_processes_tells_an_error(capsys, monkeypatch, local_rank):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)  # the first one of the second machine is silent too
     with pytest.raises(SystemExit) as caught:
         one_line_errors(lambda: parse_stage("distill_bi2cross", argv=[*CROSS, "--sede", "1"]))()
     assert caught.value.code == 2
@@ -284,12 +416,12 @@ def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
         (plan_with(cycles="three"), "cycles must be a whole number from 1"),
         (plan_with(cycles=True), "cycles must be a whole number from 1"),
         (
-            plan_with(students=[{"name": "a", "plm": "b", "distill_bi2cross": {"sede": 1}}]),
-            "unknown option of distill_bi2cross: sede",
+            plan_with(students=[{"name": "a", "plm": "b", "distill_bi2cross": "swap"}]),
+            "student a: distill_bi2cross must hold options",
         ),
         (
             plan_with(students=[{"name": "a", "plm": "b", "train_contrastive": ["x"]}]),
-            "unknown option of train_contrastive: ['x']",
+            "student a: train_contrastive must hold options",
         ),
     ],
 )
@@ -317,6 +449,101 @@ def test_a_plan_with_a_list_for_one_name_is_refused(key):
 def test_a_student_with_a_number_for_a_name_is_refused(key):
     with pytest.raises(InputError, match=key):
         load_plan(plan_with(students=[{"name": "a", "plm": "b", key: 7}]), "r.yaml")
+
+
+def test_a_students_options_are_not_read_before_the_inputs():
+    student = {"name": "a", "plm": "b", "distill_bi2cross": {"sede": 1}}
+    (student,) = load_plan(plan_with(students=[student]), "r.yaml").students
+    assert student.distill_bi2cross == {"sede": 1}
+
+
+@pytest.fixture
+def check_student(tiny_bert, corpus, tmp_path):
+    """Check a recipe with one student, some of its options, and other sections."""
+
+    def check(options: dict | None = None, sections: dict | None = None, **changes: object) -> None:
+        student = {"name": "bert", "plm": str(tiny_bert), **(options or {})}
+        driver = {
+            "students": [student],
+            "sentences": str(corpus / "sentences.txt"),
+            "pairs": str(corpus / "pairs.jsonl"),
+            "tasks": f"mine={corpus / 'test.jsonl'}",
+            "dev": f"mine.dev={corpus / 'dev.jsonl'}",
+            **changes,
+        }
+        path = write_yaml(
+            tmp_path / "checked.yaml", {"common": {"total_batch_size": 32}, **(sections or {}), DRIVER: driver}
+        )
+        check_inputs(load_plan(read_recipe(path), path), path)
+
+    return check
+
+
+def test_a_students_good_options_pass(check_student):
+    check_student()
+    check_student(
+        {
+            "train_contrastive": {"method": "mirror", "num_sentences": 50, "total_batch_size": 50, "max_steps": 3},
+            "distill_bi2cross": {"swap": False, "total_batch_size": 64, "select_by": "last"},
+            "distill_cross2bi": {"num_epochs": 2, "learning_rate": "1e-5", "micro_batch_size": 8},
+        },
+        {"common": {"mixed_precision": "no", "total_batch_size": 16}, "evaluate_encoders": {"seed": 3}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sections", "expected"),
+    [
+        ({"distill_bi2cross": {"sede": 1}}, {}, "--sede"),
+        ({"train_contrastive": {"swap": True}}, {}, "--swap"),
+        ({"distill_cross2bi": {"num_epochs": "lots"}}, {}, "--num_epochs"),
+        ({"train_contrastive": {"method": "bogus"}}, {}, "bogus"),
+        ({"distill_bi2cross": {"learning_rate": "nan"}}, {}, "--learning_rate nan: must be a positive number"),
+        ({"distill_bi2cross": {"total_batch_size": 0}}, {}, "--total_batch_size 0: must be at least 1"),
+        ({"train_contrastive": {"micro_batch_size": 8}}, {}, "--micro_batch_size: not in step 1"),
+        # The corpus has 96 sentences and 64 pairs, which are 128 examples of the cross-encoder.
+        ({"train_contrastive": {"total_batch_size": 97}}, {}, "96 examples are fewer than one batch"),
+        ({"train_contrastive": {"total_batch_size": 64, "num_sentences": 63}}, {}, "63 examples are fewer"),
+        ({"distill_cross2bi": {"total_batch_size": 65}}, {}, "64 examples are fewer"),
+        ({"distill_bi2cross": {"total_batch_size": 129}}, {}, "128 examples are fewer"),
+        ({"distill_bi2cross": {"total_batch_size": 65, "swap": False}}, {}, "64 examples are fewer"),
+        ({}, {"common": {"total_batch_size": 10_000}}, "(now 10000)"),
+        ({}, {"common": {"num_epochs": "lots"}}, "--num_epochs"),
+        ({}, {"common": {"report_to": "bogus"}}, "bogus"),
+        ({}, {"distill_bi2cross": {"dropout": 2}}, "--dropout 2"),
+        ({}, {"score_pairs": {"eval_batch_tokens": 0}}, "--eval_batch_tokens 0"),
+        ({}, {"evaluate_encoders": {"seed": "x"}}, "--seed"),
+    ],
+)
+def test_bad_options_of_stages_are_known_before_any_work(check_student, capsys, options, sections, expected):
+    with pytest.raises(SystemExit) as caught:
+        one_line_errors(lambda: check_student(options, sections))()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_as_many_examples_as_a_batch_are_enough(check_student):
+    sizes = {"train_contrastive": 96, "distill_bi2cross": 128, "distill_cross2bi": 64}
+    check_student({stage: {"total_batch_size": size} for stage, size in sizes.items()})
+
+
+def test_pairs_are_counted_without_repeats(check_student, tmp_path):
+    rows = random_pairs(10)
+    write_jsonl(tmp_path / "twice.jsonl", rows * 2)
+    sections = {"common": {"total_batch_size": 4}, "distill_cross2bi": {"total_batch_size": 11}}
+    with pytest.raises(InputError, match=r"^10 examples are fewer than one batch; .*now 11"):
+        check_student({}, sections, pairs=str(tmp_path / "twice.jsonl"))
+
+
+def test_a_ready_bi_encoder_needs_no_batch_of_sentences(check_student, tiny_bert, tmp_path):
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(ready)
+    options = {"bi_encoder": str(ready), "train_contrastive": {"total_batch_size": 10_000}}
+    check_student(options, sentences=None)
+    with pytest.raises(InputError, match="--sede"):
+        check_student({**options, "train_contrastive": {"sede": 1}}, sentences=None)
 
 
 def test_the_drivers_flags_are_worked_into_the_recipe(recipe):

@@ -1,5 +1,6 @@
 """Models: what a name stands for, pooling, saving and loading, drophead."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_folders_say_what_they_hold(tiny_bert, bi_folder, cross_folder):
 
 def test_a_masked_language_model_is_a_plain_one(tmp_path):
     BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **SIZES)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     assert inspect_encoder(str(tmp_path)) == "plm"
 
 
@@ -134,6 +136,7 @@ def test_a_masked_language_model_is_a_plain_one(tmp_path):
 def test_a_classifier_with_several_labels_is_refused(tmp_path, labels):
     config = BertConfig(vocab_size=VOCABULARY, num_labels=labels, **SIZES)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"^{tmp_path}: a classifier with {labels} labels, not a cross-encoder"):
         inspect_encoder(str(tmp_path))
 
@@ -142,7 +145,11 @@ def test_a_classifier_with_several_labels_is_refused(tmp_path, labels):
     ("content", "expected"),
     [
         (None, "not an encoder (no config.json)"),
-        ("{}", "not an encoder (config.json names no model_type)"),
+        ("{}", "not an encoder (config.json names no model_type that transformers knows)"),
+        ("[]", "not an encoder (config.json names no model_type that transformers knows)"),
+        ('{"model_type": null}', "not an encoder (config.json names no model_type that transformers knows)"),
+        ('{"model_type": "bertt"}', "not an encoder (config.json names no model_type that transformers knows)"),
+        ('{"model_type": ["bert"]}', "not an encoder (config.json names no model_type that transformers knows)"),
         ("{", "config.json cannot be read: "),
     ],
 )
@@ -152,6 +159,68 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, content, expected):
     with pytest.raises(InputError) as caught:
         inspect_encoder(str(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: {expected}")
+
+
+def test_a_folder_without_weights_is_refused(tiny_bert, bi_folder, cross_folder):
+    for folder in (bi_folder, cross_folder):
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(InputError, match=rf"^{folder}: no weights \(model\.safetensors\)$"):
+            inspect_encoder(str(folder))
+
+
+def test_a_folder_with_older_weights_is_taken(bi_folder):
+    (bi_folder / "model.safetensors").unlink()
+    (bi_folder / "pytorch_model.bin").touch()
+    assert inspect_encoder(str(bi_folder)) == "bi"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "no safetensors", "too long"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
+def test_damaged_weights_are_refused(cross_folder, name, damage):
+    content = (cross_folder / "model.safetensors").read_bytes()
+    broken = {
+        "cut off": content[:-100],
+        "empty": b"",
+        "no safetensors": b"version https://git-lfs.github.com/spec/v1\n",
+        "too long": content + b"0" * 8,
+    }
+    (cross_folder / name).write_bytes(broken[damage])
+    with pytest.raises(InputError) as caught:
+        inspect_encoder(str(cross_folder))
+    assert str(caught.value).startswith(f"{cross_folder / name}: damaged: ")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(bi_folder, cross_folder):
+    for folder in (bi_folder, cross_folder):
+        for path in folder.glob("*token*"):
+            path.unlink()
+        with pytest.raises(InputError, match=f"^{folder}: no tokenizer$"):
+            inspect_encoder(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "vocab.json", "spiece.model"])
+def test_any_kind_of_tokenizer_will_do(bi_folder, name):
+    for path in bi_folder.glob("*token*"):
+        path.unlink()
+    (bi_folder / name).touch()
+    assert inspect_encoder(str(bi_folder)) == "bi"
+
+
+def test_a_model_whose_training_goes_on_is_refused(bi_folder):
+    (bi_folder / "run.json").write_text('{"status": "running"}')
+    for refused in (inspect_encoder, load_encoder):
+        with pytest.raises(InputError, match=f"^{bi_folder}: its training is not finished"):
+            refused(str(bi_folder))
+    for other in ('{"status": "complete"}', "{}", "[]"):  # ours, or somebody else's
+        (bi_folder / "run.json").write_text(other)
+        assert inspect_encoder(str(bi_folder)) == "bi"
+
+
+@pytest.mark.parametrize("content", ["{}", '"Transformer"', '["Transformer"]', "[{}]", "[1]"])
+def test_modules_that_are_no_list_of_modules_are_refused(bi_folder, content):
+    (bi_folder / "modules.json").write_text(content)
+    with pytest.raises(InputError, match=rf"^{bi_folder}: modules\.json is not a list of modules$"):
+        inspect_encoder(str(bi_folder))
 
 
 def test_a_file_is_refused(tmp_path):
@@ -274,6 +343,47 @@ def test_embeddings_and_logits_are_float32_under_autocast(bi_folder, cross_folde
         assert embed(BiEncoder.from_pretrained(str(bi_folder)), "pay").dtype == torch.float32
         cross = CrossEncoder.from_pretrained(str(cross_folder))
         assert cross(**cross.tokenizer("pay", "late", return_tensors="pt")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_not_rounded_under_autocast(tmp_path, architecture):
+    # Weights that are large enough to tell inputs apart: a tiny random model gives them all nearly the same states.
+    config = copy.deepcopy(ARCHITECTURES[architecture])
+    config.initializer_range = 0.3
+    encoder = CrossEncoder.from_pretrained(save_model(tmp_path, config)).eval()
+    rows = random_pairs(400)
+    inputs = encoder.tokenizer(
+        [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        exact = encoder(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = encoder(**inputs)
+    assert logits.dtype == torch.float32
+    rounded = logits.to(torch.bfloat16).float()
+    distinct = len(set(logits.tolist()))
+    assert distinct > 0.95 * len(set(exact.tolist()))
+    assert distinct > len(set(rounded.tolist()))
+    assert (logits != rounded).float().mean() > 0.9
+    torch.testing.assert_close(logits, exact, atol=0.1, rtol=0.1)
+
+
+def test_the_logit_of_a_half_precision_model_is_float32(cross_folder):
+    # As FSDP and DeepSpeed compute: the weights themselves are bf16.
+    encoder = CrossEncoder.from_pretrained(str(cross_folder)).eval().bfloat16()
+    logits = encoder(**encoder.tokenizer(["pay my card", "late"], ["late", "app"], padding=True, return_tensors="pt"))
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+def test_the_head_is_trained_under_autocast(cross_folder):
+    encoder = CrossEncoder.from_pretrained(str(cross_folder)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = encoder(**encoder.tokenizer(["pay my card"], ["late"], return_tensors="pt")).sum()
+    loss.backward()
+    gradient = encoder.backbone.classifier.weight.grad
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().sum() > 0
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

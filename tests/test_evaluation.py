@@ -13,8 +13,18 @@ import yaml
 from conftest import random_pairs, write_jsonl
 
 from transencoder import summary
+from transencoder.encoders import CrossEncoder
 from transencoder.errors import InputError
-from transencoder.evaluation import AUC, Pearson, Spearman, markdown_table, measure, result_entries, results_table
+from transencoder.evaluation import (
+    AUC,
+    Pearson,
+    Spearman,
+    markdown_table,
+    measure,
+    result_entries,
+    results_table,
+    shown_value,
+)
 from transencoder.summary import Round, best_round, collect_rounds, dev_of, keep_best, plot_progress, summary_table
 from transencoder.tasks import TASKS, Task, load_task
 
@@ -107,6 +117,14 @@ def test_graded_pairs_are_measured_by_correlations_and_labelled_ones_by_auc():
     assert measure(make_task(3, "label"), np.array([1.0, 2.0, 3.0])) == pytest.approx({"auc": 50})
 
 
+def test_what_is_not_defined_is_none():
+    constant = np.full(3, 0.5, dtype=np.float32)
+    assert measure(make_task(3, "score"), constant) == {"spearman": None, "pearson": None}
+    assert measure(make_task(1, "label"), constant[:1]) == {"auc": None}
+    assert measure(make_task(3, "label"), constant) == pytest.approx({"auc": 50})
+    assert (shown_value(None), shown_value(0.0), shown_value(80.126)) == ("-", "0.00", "80.13")
+
+
 def test_metrics_need_no_network(monkeypatch):
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a connection was opened")
@@ -120,15 +138,16 @@ def test_metrics_need_no_network(monkeypatch):
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def entry(encoders: list[str], task: str, metric: str, value: float, split: str = "test", kind: str = "bi") -> dict:
+def entry(
+    encoders: list[str], task: str, metric: str, value: float | None, split: str = "test", kind: str = "bi"
+) -> dict:
     return dict(encoders=encoders, kind=kind, task=task, split=split, n=10, metric=metric, value=value)
 
 
 def test_result_entries_say_what_was_measured_on_what(tiny_bert, tmp_path):
     cross = tmp_path / "cross"
     cross.mkdir()
-    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    (cross / "config.json").write_text(json.dumps(config))
+    CrossEncoder.from_pretrained(str(tiny_bert)).save_pretrained(cross)
     scores = np.array([3.0, 2.0, 1.0])
     names = [str(tiny_bert), str(cross)]
     entries = result_entries(names, make_task(3, "score", "stsb", "dev"), scores)
@@ -139,6 +158,9 @@ def test_result_entries_say_what_was_measured_on_what(tiny_bert, tmp_path):
     ]
     assert all({key: e[key] for key in shared} == shared for e in entries)
     assert json.loads(json.dumps(entries)) == entries
+    collapsed = result_entries(names[:1], make_task(3, "score"), np.ones(3))
+    assert [e["value"] for e in collapsed] == [None, None]
+    assert "NaN" not in json.dumps(collapsed)
     (auc,) = result_entries(names[:1], make_task(4, "label"), np.array([0.0, 1.0, 0.0, 1.0]))
     assert auc == dict(encoders=names[:1], kind="bi", task="mine", split="test", n=4, metric="auc", value=100.0)
 
@@ -156,7 +178,27 @@ def test_the_results_table_shows_primary_metrics_and_their_mean():
         "| encoder | stsb | stsb.dev | qqp | mean |",
         "| :--- | ---: | ---: | ---: | ---: |",
         "| a | 80.13 | 70.00 | 60.00 | 70.04 |",
-        "| b + c | 50.00 |  | 40.00 | 45.00 |",
+        "| b + c | 50.00 | - | 40.00 | 45.00 |",
+    ]
+
+
+def test_a_value_that_is_not_defined_is_a_dash_and_no_part_of_the_mean():
+    results = [
+        entry(["a"], "stsb", "spearman", None),
+        entry(["a"], "sickr", "spearman", 70.0),
+        entry(["b"], "stsb", "spearman", None),
+        entry(["b"], "sickr", "spearman", None),
+    ]
+    assert results_table(results).splitlines()[2:] == ["| a | - | 70.00 | 70.00 |", "| b | - | - | - |"]
+
+
+def test_one_task_needs_no_mean():
+    results = [entry(["a"], "stsb", "spearman", 80.0), entry(["b"], "stsb", "spearman", None)]
+    assert results_table(results).splitlines() == [
+        "| encoder | stsb |",
+        "| :--- | ---: |",
+        "| a | 80.00 |",
+        "| b | - |",
     ]
 
 
@@ -254,6 +296,14 @@ def test_a_renamed_label_column_makes_a_binary_task(tmp_path):
     assert task.pairs["label"][:] == [1.0, 0.0]
 
 
+def test_a_renaming_of_labels_leaves_a_file_with_scores_a_graded_task(tmp_path):
+    (tmp_path / "mine.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t3\nc\td\t1.5\n")
+    columns = ["sentence1=question1", "label=is_duplicate"]  # for another file
+    task = load_task(str(tmp_path / "mine.tsv"), columns=columns)
+    assert task.gold == "score"
+    assert task.pairs["score"][:] == [3.0, 1.5]
+
+
 def test_what_is_neither_a_task_nor_a_file_is_refused_with_the_tasks(tmp_path):
     for spec in ("stsc", "sts12.trian", f"mine={tmp_path}/no.tsv"):
         with pytest.raises(InputError) as caught:
@@ -278,7 +328,11 @@ def test_a_task_that_the_hub_does_not_give_is_refused_with_the_way_out():
 
 
 def make_run(
-    folder: Path, students: list[str], values: dict[str, list[list[float]]], ready: str | None = None
+    folder: Path,
+    students: list[str],
+    values: dict[str, list[list[float | None]]],
+    ready: str | None = None,
+    cycles: int | None = None,
 ) -> Path:
     """A run's folder with models and results.
 
@@ -286,35 +340,47 @@ def make_run(
         values: for each folder (start, cycle-1, ...), [stsb.dev, stsb, sickr] of each encoder: first the
             cross-encoders in the students' order, and then the bi-encoders.
         ready: the start's bi-encoder, where it is not of this run.
+        cycles: of the recipe, where there are more or fewer than those of `values`.
     """
     driver = {
-        "students": [{"name": name, "plm": "p"} for name in students],
+        "students": [{"name": name, "plm": "p", **({"bi_encoder": ready} if ready else {})} for name in students],
+        "sentences": "s.txt",
         "pairs": ["p"],
+        "dev": "stsb.dev",
         "tasks": ["stsb", "sickr"],
+        "cycles": cycles or max(1, len(values) - 1),
     }
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"run_transencoder": driver}))
     for part, rows in values.items():
         kinds = ["bi"] if part == "start" else ["cross", "bi"]
-        paths = [(kind, folder / part / f"{kind}-encoder" / name) for kind in kinds for name in students]
+        paths = [(kind, inside(part, kind, name)) for kind in kinds for name in students]
         entries = []
         for (kind, path), row in zip(paths, rows, strict=True):
-            path.mkdir(parents=True)
-            (path / "config.json").write_text(f"{part} {path.name}")
-            name = ready if ready and part == "start" else str(path)
+            name = ready if ready and part == "start" else str(folder / path)
+            if name != ready:
+                (folder / path).mkdir(parents=True)
+                (folder / path / "config.json").write_text(f"{part} {path.name}")
             for task, split, value in [("stsb", "dev", row[0]), ("stsb", "test", row[1]), ("sickr", "test", row[2])]:
                 entries.append(entry([name], task, "spearman", value, split, kind))
                 entries.append(entry([name], task, "pearson", 1.0, split, kind))
+        (folder / part).mkdir(exist_ok=True)
         (folder / part / "results.json").write_text(json.dumps(entries))
     return folder
+
+
+def inside(part: str, kind: str, name: str) -> Path:
+    """Where the driver puts an encoder in the run."""
+    return Path("contrastive", name) if part == "start" else Path(part, f"{kind}-encoder", name)
 
 
 THREE = {
     "start": [[60, 61, 70]],
     "cycle-1": [[71, 72, 80], [65, 66, 75]],
     "cycle-2": [[70, 79, 89], [68, 67, 77]],
-    "cycle-10": [[69, 80, 90], [67, 68, 78]],
+    "cycle-3": [[69, 80, 90], [67, 68, 78]],
 }
+ONE = {"start": THREE["start"], "cycle-1": THREE["cycle-1"]}
 
 
 def test_rounds_come_in_the_order_in_which_they_were_made(tmp_path):
@@ -327,7 +393,7 @@ def test_rounds_come_in_the_order_in_which_they_were_made(tmp_path):
     assert rounds[1].values == {"stsb.dev": 71, "stsb": 72, "sickr": 80}  # Spearman, not Pearson
     assert (dev_of(rounds), summary.tests_of(rounds)) == ("stsb.dev", ["stsb", "sickr"])
     assert {r.student for r in rounds} == {"bert"}
-    assert rounds[5].path == str(tmp_path / "cycle-10" / "cross-encoder" / "bert")
+    assert rounds[5].path == str(tmp_path / "cycle-3" / "cross-encoder" / "bert")
 
 
 def test_rounds_of_several_students_carry_their_names(tmp_path):
@@ -343,19 +409,71 @@ def test_rounds_of_several_students_carry_their_names(tmp_path):
     ]
 
 
-def test_an_unfinished_cycle_is_left_out(tmp_path):
-    run = make_run(tmp_path, ["bert"], {"start": THREE["start"], "cycle-1": THREE["cycle-1"]})
-    (run / "cycle-2").mkdir()
-    assert [r.cycle for r in collect_rounds(run)] == [0, 1, 1]
+def test_students_whose_names_end_alike_are_told_apart(tmp_path):
+    values = {"start": [[1, 1, 1], [2, 2, 2]], "cycle-1": [[3, 3, 3], [4, 4, 4], [5, 5, 5], [6, 6, 6]]}
+    rounds = collect_rounds(make_run(tmp_path, ["roberta", "xlm-roberta"], values))
+    assert [r.values["stsb"] for r in rounds] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_without_results_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no results"):
-        collect_rounds(make_run(tmp_path, ["bert"], {}))
+def test_ten_cycles_come_in_their_order(tmp_path):
+    values = {"start": [[0, 0, 0]], **{f"cycle-{i}": [[i, i, i], [-i, -i, -i]] for i in range(1, 11)}}
+    rounds = collect_rounds(make_run(tmp_path, ["bert"], values))
+    assert [r.values["sickr"] for r in rounds] == [0, *(sign * i for i in range(1, 11) for sign in (1, -1))]
+
+
+def test_a_value_that_is_not_defined_is_not_a_number(tmp_path):
+    rounds = collect_rounds(make_run(tmp_path, ["bert"], {**ONE, "start": [[None, None, 70]]}))
+    assert math.isnan(rounds[0].values["stsb.dev"])
+    assert rounds[0].values["sickr"] == 70
+    assert best_round(rounds, "bi").cycle == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "cycles", "missing"),
+    [
+        ({}, 1, "start"),
+        ({"start": THREE["start"]}, 1, "cycle-1"),
+        (ONE, 3, "cycle-2"),
+        ({part: THREE[part] for part in ("start", "cycle-2")}, 2, "cycle-1"),
+        ({"cycle-1": THREE["cycle-1"]}, 1, "start"),
+    ],
+)
+def test_an_unfinished_run_is_refused_with_the_folder(tmp_path, values, cycles, missing):
+    run = make_run(tmp_path, ["bert"], values, cycles=cycles)
+    (run / missing).mkdir(exist_ok=True)
+    with pytest.raises(InputError, match=rf"^{run / missing}: no results\.json"):
+        collect_rounds(run)
+
+
+def test_cycles_beyond_the_recipes_are_left_out(tmp_path):
+    run = make_run(tmp_path, ["bert"], THREE, cycles=2)
+    assert [r.cycle for r in collect_rounds(run)] == [0, 1, 1, 2, 2]
+
+
+def test_a_folder_without_a_good_recipe_is_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"recipe\.yaml: No such file"):
+        collect_rounds(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("run_transencoder: {cycles: 3}\n")
+    with pytest.raises(InputError, match=r"recipe\.yaml: run_transencoder\.students"):
+        collect_rounds(tmp_path)
+
+
+def test_a_moved_run_is_read_where_it_is_now(tmp_path):
+    run = make_run(tmp_path / "old" / "run", ["bert", "roberta"], {part: rows * 2 for part, rows in ONE.items()})
+    before = collect_rounds(run)
+    moved = run.rename(tmp_path / "moved")
+    rounds = collect_rounds(moved)
+    assert [r.values for r in rounds] == [r.values for r in before]
+    assert [Path(r.path).relative_to(moved) for r in rounds] == [Path(r.path).relative_to(run) for r in before]
+    assert all(Path(r.path).is_dir() for r in rounds)
+    keep_best(moved, rounds)
+    for kind in ("bi", "cross"):
+        assert (moved / "best" / f"{kind}-encoder" / "config.json").read_text().startswith("cycle-1 ")
+    assert not run.exists()
 
 
 def test_the_summary_table_has_a_row_for_each_encoder_and_the_mean_of_the_tests(tmp_path):
-    rounds = collect_rounds(make_run(tmp_path, ["bert"], {"start": THREE["start"], "cycle-1": THREE["cycle-1"]}))
+    rounds = collect_rounds(make_run(tmp_path, ["bert"], ONE))
     assert summary_table([rounds]).splitlines() == [
         "| encoder | stsb.dev | stsb | sickr | mean of tests |",
         "| :--- | ---: | ---: | ---: | ---: |",
@@ -366,28 +484,35 @@ def test_the_summary_table_has_a_row_for_each_encoder_and_the_mean_of_the_tests(
 
 
 def test_the_summary_table_names_the_students_where_there_are_several(tmp_path):
-    rounds = collect_rounds(make_run(tmp_path, ["bert", "roberta"], {"start": [[1, 2, 3], [4, 5, 6]]}))
+    values = {"start": [[1, 2, 3], [4, 5, 6]], "cycle-1": [[7, 8, 9]] * 2 + [[0, 1, 2]] * 2}
+    rounds = collect_rounds(make_run(tmp_path, ["bert", "roberta"], values))
     assert summary_table([rounds]).splitlines()[2:] == [
         "| start, bi-encoder (bert) | 1.00 | 2.00 | 3.00 | 2.50 |",
         "| start, bi-encoder (roberta) | 4.00 | 5.00 | 6.00 | 5.50 |",
+        "| cycle 1, cross-encoder (bert) | 7.00 | 8.00 | 9.00 | 8.50 |",
+        "| cycle 1, cross-encoder (roberta) | 7.00 | 8.00 | 9.00 | 8.50 |",
+        "| cycle 1, bi-encoder (bert) | 0.00 | 1.00 | 2.00 | 1.50 |",
+        "| cycle 1, bi-encoder (roberta) | 0.00 | 1.00 | 2.00 | 1.50 |",
     ]
 
 
 def test_runs_of_several_seeds_are_summarized_by_mean_and_standard_deviation(tmp_path):
     values = [[60, 61, 70], [62, 61, 74], [64, 61, 78]]
-    runs = [collect_rounds(make_run(tmp_path / f"{i}", ["bert"], {"start": [row]})) for i, row in enumerate(values)]
+    runs = [
+        collect_rounds(make_run(tmp_path / f"{i}", ["bert"], {**ONE, "start": [row]})) for i, row in enumerate(values)
+    ]
     # 60 62 64: deviations -2 0 2, sqrt(8 / 2) = 2. Means of the tests 65.5 67.5 69.5: again 2
     assert summary_table(runs).splitlines()[2:] == [
-        "| start, bi-encoder | 62.00 ± 2.00 | 61.00 ± 0.00 | 74.00 ± 4.00 | 67.50 ± 2.00 |"
+        "| start, bi-encoder | 62.00 ± 2.00 | 61.00 ± 0.00 | 74.00 ± 4.00 | 67.50 ± 2.00 |",
+        "| cycle 1, cross-encoder | 71.00 ± 0.00 | 72.00 ± 0.00 | 80.00 ± 0.00 | 76.00 ± 0.00 |",
+        "| cycle 1, bi-encoder | 65.00 ± 0.00 | 66.00 ± 0.00 | 75.00 ± 0.00 | 70.50 ± 0.00 |",
     ]
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_not_summarized_together(tmp_path):
-    one = collect_rounds(make_run(tmp_path / "one", ["bert"], {"start": THREE["start"]}))
-    longer = collect_rounds(
-        make_run(tmp_path / "longer", ["bert"], {"start": [[1, 1, 1]], "cycle-1": [[1, 1, 1]] * 2})
-    )
-    other = collect_rounds(make_run(tmp_path / "other", ["roberta"], {"start": [[1, 1, 1]]}))
+    one = collect_rounds(make_run(tmp_path / "one", ["bert"], ONE))
+    longer = collect_rounds(make_run(tmp_path / "longer", ["bert"], THREE))
+    other = collect_rounds(make_run(tmp_path / "other", ["roberta"], ONE))
     for second in (longer, other):
         with pytest.raises(InputError, match="these runs differ in more than their seed"):
             summary_table([one, second])
@@ -439,7 +564,7 @@ def test_a_ready_start_that_stays_the_best_is_named_and_not_copied(tmp_path):
     values = {"start": [[90, 1, 1]], "cycle-1": THREE["cycle-1"]}
     run = make_run(tmp_path, ["bert"], values, ready="org/simcse")
     lines = keep_best(run, collect_rounds(run))
-    assert lines[0] == "The best bi-encoder is the start itself, org/simcse: no copy was made."
+    assert lines[0] == "The best bi-encoder is the start itself, org/simcse from the Hub: no copy was made."
     assert not (run / "best" / "bi-encoder").exists()
 
 

@@ -1,5 +1,6 @@
 """What a stage leaves on disk."""
 
+import hashlib
 import json
 import os
 from argparse import Namespace
@@ -12,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import transencoder
+from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
-from transencoder.files import RUN_FILE, claim, difference, move_model, write_folder, write_json, write_run
-from transencoder.scoring import scores_are_there, token_batches, write_scores
+from transencoder.files import RUN_FILE, claim, difference, identity, move_model, write_folder, write_json, write_run
+from transencoder.scoring import check_output, read_label_pairs, scores_are_there, token_batches, write_scores
 from transencoder.tables import read_pairs
 
 STAGE = "distill_bi2cross"
@@ -66,6 +68,34 @@ def test_a_folder_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
     write_folder(target, lambda folder: (folder / "b").touch())
     assert names(target) == ["b"]  # nothing of the failed attempt
     assert names(tmp_path) == ["best"]
+
+
+def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (source / name).write_text("cross")
+    (target / "1_Pooling").mkdir(parents=True)
+    (target / "1_Pooling" / "config.json").touch()
+    bi = ["config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"]
+    bi += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer_config.json", "vocab.txt"]
+    bi += ["merges.txt", "special_tokens_map.json", "tokenizer.json"]
+    others = ["run.json", "teacher-scores.parquet", "notes.txt"]
+    for name in bi + others:
+        (target / name).write_text("bi")
+    (target / "runs").mkdir()
+    move_model(source, target)
+    assert names(target) == sorted(["config.json", "model.safetensors", "tokenizer.json", "runs", *others])
+    assert (target / "config.json").read_text() == (target / "tokenizer.json").read_text() == "cross"
+    assert names(source) == []
+
+
+def test_a_model_is_moved_into_an_empty_folder(tmp_path):
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "source" / "config.json").touch()
+    move_model(tmp_path / "source", tmp_path / "target")
+    assert names(tmp_path / "target") == ["config.json"]
 
 
 def test_moving_into_a_folder_replaces_what_has_the_same_name(tmp_path):
@@ -132,7 +162,17 @@ def test_a_folder_with_foreign_files_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '"text"', '{"stage": "distill_bi2cross", "status": "complete"}', "\xff"]
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '"text"',
+        '{"stage": "distill_bi2cross", "status": "complete"}',
+        '{"stage": "distill_bi2cross", "status": "complete", "arguments": [1]}',
+        '{"stage": "distill_bi2cross", "status": "complete", "arguments": null}',
+        "\xff",
+    ],
 )
 def test_a_folder_with_a_broken_run_file_is_refused(tmp_path, content):
     (tmp_path / RUN_FILE).write_bytes(content.encode("latin-1"))
@@ -180,7 +220,7 @@ def test_the_run_file_says_what_made_the_result(tmp_path):
     run = json.loads((tmp_path / "a" / "b" / RUN_FILE).read_text(encoding="utf-8"))
     assert run["stage"] == STAGE
     assert run["status"] == "complete"
-    assert run["arguments"] == {"seed": 1, "learning_rate": 2e-5, "pairs": ["a.tsv"]}
+    assert run["arguments"] == {"seed": 1, "learning_rate": 2e-5, "pairs": ["a.tsv"], "inputs": {}}
     assert run["versions"]["transencoder"] == transencoder.__version__
     assert set(run["versions"]) == {"transencoder", "torch", "transformers"}
     assert (run["steps"], run["dev"]) == (7, 81.5)
@@ -190,6 +230,92 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=f"--output_dir {tmp_path}/file/run: cannot be written: "):
         write_run(run_arguments(tmp_path / "file" / "run"), STAGE, "running")
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_the_identity_holds_checksums_of_every_file_and_model_that_is_named(tmp_path):
+    files = {name: str(tmp_path / name) for name in ("a.tsv", "b c.tsv", "dev.tsv", "no.tsv")}
+    for name in ("a.tsv", "b c.tsv", "dev.tsv"):
+        Path(files[name]).write_text(name)
+    (tmp_path / "model").mkdir()
+    for name in ("model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"):
+        (tmp_path / "model" / name).write_text(name)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    arguments = run_arguments(
+        tmp_path / "out",
+        pairs=[files["a.tsv"], files["b c.tsv"], files["no.tsv"], "org/name"],
+        dev=f"mine.dev={files['dev.tsv']}",
+        model_name_or_path=str(tmp_path / "model"),
+        encoders=[str(tmp_path / "empty"), "org/model"],
+        dropout=None,
+        swap=True,
+    )
+    found = identity(arguments)
+    assert found.pop("inputs") == {
+        files["a.tsv"]: sha256(b"a.tsv"),
+        files["b c.tsv"]: sha256(b"b c.tsv"),
+        files["dev.tsv"]: sha256(b"dev.tsv"),
+        # In the order of their names, whatever the file system's.
+        str(tmp_path / "model"): sha256(b"model-00001-of-00002.safetensorsmodel-00002-of-00002.safetensors"),
+    }
+    left_out = {"recipe", "overwrite", "output_dir"}
+    assert found == {name: value for name, value in vars(arguments).items() if name not in left_out}
+
+
+def test_where_a_result_goes_is_no_part_of_what_it_is(tmp_path):
+    for name in ("recipe.yaml", "scores.parquet"):
+        (tmp_path / name).write_text("x")
+    recipe, output = (str(tmp_path / name) for name in ("recipe.yaml", "scores.parquet"))
+    with_files = identity(Namespace(seed=1, output=output, recipe=recipe, output_dir=str(tmp_path)))
+    assert with_files == identity(Namespace(seed=1)) == {"seed": 1, "inputs": {}}
+
+
+@pytest.mark.parametrize("status", ["running", "complete"])
+@pytest.mark.parametrize("spec", ["{}", "mine={}"])
+def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec):
+    source = tmp_path / "pairs.tsv"
+    source.write_text("one")
+    arguments = run_arguments(tmp_path / "out", dev=spec.format(source))
+    write_run(arguments, STAGE, status)
+    assert claim(arguments, STAGE) is (status == "complete")
+    os.utime(source, (0, 0))
+    assert claim(arguments, STAGE) is (status == "complete")  # the content counts, not the time
+    source.write_text("two")
+    refused = rf"holds another run's results \({source} has changed since\); .*--overwrite"
+    with pytest.raises(InputError, match=refused):
+        claim(arguments, STAGE)
+    assert claim(run_arguments(tmp_path / "out", dev=arguments.dev, overwrite=True), STAGE) is False
+    source.unlink()
+    with pytest.raises(InputError, match="has changed since"):
+        claim(arguments, STAGE)
+
+
+def test_a_run_whose_input_model_changed_is_refused(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    arguments = run_arguments(tmp_path / "out", teachers=[str(model)])
+    write_run(arguments, STAGE, "complete")
+    (model / "run.json").write_text("{}")  # no weights
+    assert claim(arguments, STAGE) is True
+    (model / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(InputError, match=f"{model} has changed since"):
+        claim(arguments, STAGE)
+
+
+def test_a_difference_names_files_only_where_the_arguments_are_the_same():
+    before, now = {"a": 1, "inputs": {"x": "0", "y": "1"}}, {"a": 1, "inputs": {"x": "0", "y": "2", "z": "3"}}
+    assert difference(before, now) == "y has changed since, z has changed since"
+    assert difference({**before, "a": 2}, now) == "a is 2 there and 1 here"
+    assert difference(before, dict(before)) == ""
+    assert difference({"a": 1}, {"a": 1, "inputs": {}}) == ""
+    assert difference({"a": 1}, before) == "x has changed since, y has changed since"
+    many = {name: "0" for name in "abcde"}
+    assert difference({"inputs": many}, {"inputs": {}}).count("has changed since") == 3
 
 
 def test_a_difference_names_up_to_three_values():
@@ -214,6 +340,7 @@ def pairs_table(count: int = 5) -> datasets.Dataset:
 def test_scores_are_written_beside_their_pairs_in_order(tmp_path):
     pairs = pairs_table().select([4, 0, 2])  # as dropping duplicates leaves it
     path = tmp_path / "new" / "scores.parquet"
+    check_output(path)
     write_scores(path, pairs, np.array([0.1, -0.2, 0.3], dtype=np.float32), FACTS)
     assert names(path.parent) == ["scores.parquet"]
     table = pq.read_table(path)
@@ -257,8 +384,123 @@ def test_files_that_are_not_our_scores_are_refused(tmp_path):
         scores_are_there(path, FACTS)
     os.unlink(path)
     path.mkdir()
-    with pytest.raises(InputError, match="is not a Parquet file"):
+    with pytest.raises(InputError, match=r"--output .*scores\.parquet: must be the name of a \.parquet file"):
         scores_are_there(path, FACTS)
+
+
+def test_the_number_of_processes_is_noted_and_makes_no_other_scores(tmp_path):
+    path = tmp_path / "scores.parquet"
+    write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), {**FACTS, "world_size": 2})
+    assert json.loads(pq.read_schema(path).metadata[b"transencoder"])["world_size"] == 2
+    assert scores_are_there(path, FACTS) is True
+    with pytest.raises(InputError, match="seed is 1 there and 2 here"):
+        scores_are_there(path, {**FACTS, "seed": 2})
+
+
+def test_scores_of_files_that_have_changed_are_refused(tmp_path):
+    (tmp_path / "pairs.txt").write_text("a||b\n")
+    arguments, path = run_arguments(tmp_path, pairs=[str(tmp_path / "pairs.txt")]), tmp_path / "scores.parquet"
+    write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), identity(arguments))
+    assert scores_are_there(path, identity(arguments)) is True
+    (tmp_path / "pairs.txt").write_text("a||c\n")
+    with pytest.raises(InputError, match=r"holds other scores \(.*pairs\.txt has changed since\)"):
+        scores_are_there(path, identity(arguments))
+
+
+@pytest.mark.parametrize("name", ["scores", "scores.tsv", "scores.parquet.gz", "parquet"])
+def test_scores_go_into_a_parquet_file_only(tmp_path, name):
+    with pytest.raises(InputError, match=r"must be the name of a \.parquet file"):
+        check_output(tmp_path / name)
+    with pytest.raises(InputError, match=r"must be the name of a \.parquet file"):
+        scores_are_there(tmp_path / name, FACTS)
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"--output {tmp_path}/file/scores\.parquet: cannot be written: "):
+        check_output(tmp_path / "file" / "scores.parquet")
+
+
+def test_an_output_in_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("transencoder.scoring.tempfile.TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        check_output(tmp_path / "scores.parquet")
+
+
+def test_checking_an_output_makes_its_folder_and_nothing_in_it(tmp_path):
+    check_output(tmp_path / "a" / "b" / "scores.parquet")
+    assert names(tmp_path / "a" / "b") == []
+
+
+def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "scores.parquet"
+    write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
+
+    def fail(table: pa.Table, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transencoder.scoring.pq.write_table", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_scores(path, pairs_table(), np.ones(5, dtype=np.float32), FACTS)
+    assert names(tmp_path) == ["scores.parquet"]
+    assert pq.read_table(path)["score"].to_pylist() == [0] * 5
+
+
+# --- a student's pairs -----------------------------------------------------------------------------------------------
+
+
+def label_arguments(**changes: object) -> Namespace:
+    return Namespace(**{**dict(scores=None, teachers=None, pairs=None, columns=None), **changes})
+
+
+@pytest.mark.parametrize("score", ["1.01", "-1.5", "3"])
+def test_scores_that_are_neither_cosines_nor_probabilities_are_refused_with_their_row(tmp_path, score):
+    path = tmp_path / "scores.tsv"
+    path.write_text(f"sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\t{score}\ne\tf\t7\n")
+    with pytest.raises(InputError) as caught:
+        read_label_pairs(label_arguments(scores=str(path)))
+    assert str(caught.value) == f"{path}: row 2: score {float(score)} is not in [-1, 1]"
+
+
+def test_scores_up_to_rounding_are_taken_and_repeats_kept(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("q1,sentence2,score\na,b,1\na,b,-1\nc,d,1.000001\ne,f,-1.000001\n")
+    table = read_label_pairs(label_arguments(scores=str(path), columns=["sentence1=q1"]))
+    assert table["sentence1"][:] == ["a", "a", "c", "e"]
+    assert table["score"][:] == [1, -1, 1.000001, -1.000001]
+
+
+def test_pairs_for_teachers_come_without_repeats_and_scores(tmp_path, tiny_bert):
+    folder = tmp_path / "bi"
+    folder.mkdir()
+    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    path = tmp_path / "pairs.txt"
+    path.write_text("a||b\nc||d\na||b\nb||a\n")
+    table = read_label_pairs(label_arguments(teachers=[str(folder)], pairs=[str(path)]))
+    assert table.column_names == ["sentence1", "sentence2"]
+    assert list(zip(table["sentence1"][:], table["sentence2"][:], strict=True)) == [("a", "b"), ("c", "d"), ("b", "a")]
+
+
+def test_teachers_are_checked_before_the_pairs_are_used(tmp_path, tiny_bert):
+    path = tmp_path / "pairs.txt"
+    path.write_text("a||b\n")
+    for teacher, expected in [(str(tmp_path / "no"), "no such folder"), (str(tiny_bert), "add --pooling")]:
+        with pytest.raises(InputError, match=expected):
+            read_label_pairs(label_arguments(teachers=[teacher], pairs=[str(path)]))
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", ["scores.tsv", "file/scores.parquet"])
+def test_score_pairs_refuses_a_bad_output_before_any_work(tmp_path, run_script, name, words):
+    (tmp_path / "file").touch()
+    output = tmp_path / name
+    result = run_script("score_pairs.py", "--encoders", "no/model", "--pairs", "no.txt", "--output", output, *words)
+    assert result.returncode == 2
+    assert f"error: --output {output}: " in result.stderr
 
 
 # --- scoring batches -------------------------------------------------------------------------------------------------

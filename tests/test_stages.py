@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs, write_jsonl
+
+from transencoder.encoders import inspect_encoder
 
 QUICK = [
     "--total_batch_size",
@@ -102,6 +105,7 @@ def test_scores_keep_the_order_and_do_not_depend_on_the_number_of_processes(star
     # So few tokens a batch that there are many, unevenly shared, batches.
     words = ["--encoders", start, "--pairs", corpus / "pairs.jsonl", "--output", two, "--eval_batch_tokens", 50]
     must(launch("score_pairs.py", *words, "--mixed_precision", "no", processes=2))
+    assert json.loads(pq.read_schema(two).metadata[b"transencoder"])["world_size"] == 2
     one, other = pq.read_table(bi_scores).to_pydict(), pq.read_table(two).to_pydict()
     pairs = [json.loads(line) for line in (corpus / "pairs.jsonl").read_text().splitlines()]
     assert one["sentence1"] == [pair["sentence1"] for pair in pairs]
@@ -145,7 +149,8 @@ def test_the_kept_cross_encoder_is_the_best_one_on_dev(cross, corpus, tmp_path):
     facts = run_file(cross)
     assert facts["dev"] == max(entry["dev"] for entry in facts["history"])
     words = ["--encoders", cross, "--tasks", f"mine={corpus / 'dev.jsonl'}", "--output_dir", tmp_path / "evaluation"]
-    must(launch("evaluate_encoders.py", *words, "--mixed_precision", facts["mixed_precision"]))
+    must(launch("evaluate_encoders.py", *words, "--mixed_precision", facts["mixed_precision"], processes=2))
+    assert run_file(tmp_path / "evaluation")["world_size"] == 2
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert {entry["metric"]: entry["value"] for entry in results}["spearman"] == pytest.approx(facts["dev"], abs=1e-3)
     assert [results[0][key] for key in ("kind", "task", "split", "n")] == ["cross", "mine", "test", 40]
@@ -190,6 +195,27 @@ def test_a_run_of_its_own_is_not_done_twice_and_another_one_is_refused(start, ti
         launch("train_contrastive.py", *words, direct=True), str(start), "holds another run's results", "--overwrite"
     )
     assert (start / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_scores_of_a_file_that_has_changed_are_not_taken_for_the_old_ones(start, corpus, tmp_path, run_script):
+    pairs = shutil.copy(corpus / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    words = ["--encoders", start, "--pairs", pairs, "--output", tmp_path / "out.parquet"]
+    must(run_script("score_pairs.py", *words))
+    assert "complete already" in must(run_script("score_pairs.py", *words)).stderr
+    write_jsonl(pairs, random_pairs(10, seed=9))
+    refused(run_script("score_pairs.py", *words), "out.parquet", "pairs.jsonl has changed", "--overwrite")
+    must(run_script("score_pairs.py", *words, "--overwrite"))
+    assert pq.read_table(tmp_path / "out.parquet").num_rows == 10
+
+
+@pytest.mark.slow
+def test_a_cross_encoder_over_a_bi_encoder_leaves_nothing_of_it(start, tiny_bert, bi_scores, tmp_path, run_script):
+    folder = shutil.copytree(start, tmp_path / "model")
+    words = ["--model_name_or_path", tiny_bert, "--scores", bi_scores, "--output_dir", folder, "--max_steps", 2]
+    refused(run_script("distill_bi2cross.py", *words), "holds the result of train_contrastive")
+    must(run_script("distill_bi2cross.py", *words, "--overwrite"))
+    assert inspect_encoder(str(folder)) == "cross" and not (folder / "1_Pooling").exists()
 
 
 @pytest.mark.slow
@@ -242,6 +268,8 @@ def test_bad_scores_are_refused(tiny_bert, tmp_path, run_script):
     path.write_text("sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\tnan\n")
     words = ["--model_name_or_path", tiny_bert, "--scores", path, "--output_dir", tmp_path / "out"]
     refused(run_script("distill_bi2cross.py", *words), "scores.tsv", "row 2", "score")
+    path.write_text("sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\t4.5\n")
+    refused(run_script("distill_bi2cross.py", *words), "scores.tsv", "row 2", "4.5", "[-1, 1]")
     path.write_text("sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\tmuch\n")
     refused(run_script("distill_bi2cross.py", *words), "scores.tsv", "row 2", "much")
     assert not (tmp_path / "out").exists()
@@ -261,6 +289,7 @@ def test_flags_that_cannot_work_are_refused(tiny_bert, corpus, tmp_path, run_scr
     words += ["--output_dir", tmp_path / "out"]
     refused(run_script("train_contrastive.py", *words, "--select_by", "dev"), "--select_by", "--dev")
     refused(run_script("train_contrastive.py", *words, "--micro_batch_size", 4), "--micro_batch_size")
+    refused(run_script("train_contrastive.py", *words, "--num_epochs", 0), "--num_epochs 0")
     refused(run_script("train_contrastive.py", *words, "--total_batch_size", 97), "96 examples", "--total_batch_size")
     if importlib.util.find_spec("wandb") is None:
         refused(run_script("train_contrastive.py", *words, "--report_to", "wandb"), "--report_to wandb", "pip install")
@@ -272,6 +301,11 @@ def test_what_is_no_encoder_is_refused(tiny_bert, corpus, tmp_path, run_script):
     refused(run_script("score_pairs.py", *words, corpus), str(corpus), "not an encoder")
     refused(run_script("score_pairs.py", *words, "some/model"), "some/model", "Hub", "folder")
     refused(run_script("score_pairs.py", *words, tiny_bert), str(tiny_bert), "--pooling")
+    damaged = shutil.copytree(tiny_bert, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((tiny_bert / "model.safetensors").read_bytes()[:-100])
+    refused(run_script("score_pairs.py", *words, damaged, "--pooling", "cls"), "model.safetensors", "damaged")
+    words[3] = tmp_path / "out.tsv"
+    refused(run_script("score_pairs.py", *words, tiny_bert, "--pooling", "cls"), "out.tsv", ".parquet")
 
 
 @pytest.mark.slow

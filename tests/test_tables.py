@@ -179,6 +179,46 @@ def test_a_sentence_column_can_be_named(tmp_path):
     assert read_sentences([source], ["sentence=text"])["sentence"][:] == ["t", "u"]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_pairs_file_with_other_names_gives_the_sentences_of_both_sides(tmp_path, suffix):
+    table = {"q1": ["a", "c"], "q2": ["b", "a"], "id": ["1", "2"]}
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table(table), path)
+    elif suffix == ".jsonl":
+        write_jsonl(path, [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)])
+    else:
+        write(path, "".join(",".join(line) + "\n" for line in [table, *zip(*table.values(), strict=True)]))
+    columns = ["sentence1=q1", "sentence2=q2", "score=gold"]
+    assert sorted(read_sentences([str(path)], columns)["sentence"][:]) == ["a", "b", "c"]
+    with pytest.raises(InputError, match="no column 'sentence'"):
+        read_sentences([str(path)])
+
+
+def test_one_renaming_serves_several_files(tmp_path):
+    sources = [
+        write(tmp_path / "theirs.csv", "q1,q2,gold\na,b,0.5\n"),
+        write(tmp_path / "ours.tsv", "sentence2\tsentence1\tscore\nd\tc\t1\n"),
+        write(tmp_path / "mixed.jsonl", '{"q1": "e", "sentence2": "f", "score": 2}\n'),
+        write(tmp_path / "plain.txt", "g||h||3\n"),
+    ]
+    columns = ["sentence1=q1", "sentence2=q2", "score=gold"]
+    table = read_pairs(sources, "score", columns)
+    assert pairs_of(table) == [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")]
+    assert table["score"][:] == [0.5, 1, 2, 3]
+    assert sorted(read_sentences(sources[:3], columns)["sentence"][:]) == list("abcdef")
+
+
+def test_a_file_with_both_names_is_read_by_the_given_one(tmp_path):
+    source = write(tmp_path / "pairs.csv", "sentence1,sentence2,q2\na,b,c\n")
+    assert pairs_of(read_pairs([source], columns=["sentence2=q2"])) == [("a", "c")]
+
+
+def test_a_renaming_of_pairs_leaves_files_of_sentences_alone(tmp_path):
+    sources = [write(tmp_path / "s.csv", "sentence,id\na,1\n"), write(tmp_path / "p.csv", "q1,q2\nb,c\n")]
+    assert read_sentences(sources, ["sentence1=q1", "sentence2=q2"])["sentence"][:] == ["a", "b", "c"]
+
+
 def test_characters_of_several_bytes_survive_the_end_of_a_block(tmp_path, small_blocks):
     lines = ["é" * n + "||" + "日本" * n for n in range(1, 40)]
     for name in ("pairs.txt", "pairs.txt.gz"):
@@ -272,9 +312,12 @@ def test_a_missing_parquet_or_score_column_is_named_with_those_found(tmp_path):
     assert refusal(tmp_path / "pairs.parquet", "score").startswith("no column 'score'; it has: sentence1, sentence2 ")
 
 
-def test_a_column_that_columns_names_must_exist(tmp_path):
+def test_a_column_must_exist_by_the_given_or_by_our_name(tmp_path):
     source = write(tmp_path / "pairs.tsv", "sentence1\tsentence2\na\tb\n")
-    assert refusal(source, columns=["sentence2=q2"]).startswith("no column 'q2'; it has: sentence1, sentence2 ")
+    assert pairs_of(read_pairs([source], columns=["sentence2=q2"])) == [("a", "b")]  # a renaming for other files
+    source = write(tmp_path / "other.tsv", "sentence1\tq\na\tb\n")
+    assert refusal(source, columns=["sentence2=q2"]).startswith("no column 'sentence2'; it has: sentence1, q ")
+    assert refusal(source, "score", ["sentence2=q"]).startswith("no column 'score'; it has: sentence1, q ")
 
 
 @pytest.mark.parametrize("columns", [["sentence1"], ["sentence1=a=b"], ["sentence2=b", "q1"]])

@@ -52,7 +52,7 @@ def inspect_encoder(name: str) -> Kind:
     config = read_model_file(name, "config.json")
     if config is None:
         raise InputError(f"{name}: not an encoder (no config.json)")
-    if not isinstance(config, dict) or config.get("model_type") not in CONFIG_MAPPING:
+    if not isinstance(config, dict) or str(config.get("model_type")) not in CONFIG_MAPPING:
         raise InputError(f"{name}: not an encoder (config.json names no model_type that transformers knows)")
     if Path(name).is_dir():
         _check_folder(Path(name))
@@ -85,7 +85,7 @@ def _check_folder(folder: Path) -> None:
                     pass  # reads the header, and compares the file's length with it
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path}: damaged: {error}") from error
-    if not any(folder.glob(pattern) for pattern in ("tokenizer*", "vocab*", "*.model")):
+    if not any(path for pattern in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(pattern)):
         raise InputError(f"{folder}: no tokenizer")
 
 
@@ -320,11 +320,11 @@ def load_encoder(name: str, pooling: str | None = None) -> BiEncoder | CrossEnco
 
 def _compute_in_float32(layer: nn.Linear) -> None:
     """Take the layer out of autocast: logits rounded to bf16 have a few dozen values only, and tie."""
-    forward = layer.forward
 
     def in_float32(states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            return forward(states.float())
+            bias = None if layer.bias is None else layer.bias.float()
+            return nn.functional.linear(states.float(), layer.weight.float(), bias)
 
     layer.forward = in_float32
 

@@ -123,10 +123,9 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     advice = "choose another --output_dir or add --overwrite"
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        found_stage, found, status = run["stage"], run["arguments"], run["status"]
+        found_stage, found, status = run["stage"], dict(run["arguments"]), run["status"]
     except FileNotFoundError:
         raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
-        found = dict(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}: {RUN_FILE} cannot be read; {advice}") from error
     if found_stage != stage:

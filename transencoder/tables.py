@@ -61,7 +61,7 @@ def read_sentences(sources: list[str], columns: list[str] | None = None) -> data
     """
     parts = []
     for source in sources:
-        if not is_hub_id(source) and _holds_pairs(source, _parse_renaming(columns)):
+        if not is_hub_id(source) and _holds_pairs(source, parse_renaming(columns)):
             table = _cached_table(source, PAIRS, columns)
             parts += [table.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
         else:
@@ -155,7 +155,7 @@ def _check_file(source: str) -> None:
 
 def _cached_table(source: str, wanted: tuple[str, ...], columns: list[str] | None) -> datasets.Dataset:
     """One source as a memory-mapped table of the `wanted` columns, read and checked on first sight only."""
-    renaming = _parse_renaming(columns)
+    renaming = parse_renaming(columns)
     if is_hub_id(source):
         return _from_hub(source, wanted, renaming)
     _check_file(source)
@@ -187,7 +187,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def _parse_renaming(columns: list[str] | None) -> dict[str, str]:
+def parse_renaming(columns: list[str] | None) -> dict[str, str]:
     """["score=gold"] -> {"score": "gold"}."""
     for item in columns or []:
         if item.count("=") != 1:

@@ -8,7 +8,7 @@ import datasets
 from transencoder.arguments import TrainingArguments
 from transencoder.errors import InputError
 from transencoder.runtime import log
-from transencoder.tables import column_names, is_hub_id, read_pairs
+from transencoder.tables import column_names, is_hub_id, parse_renaming, read_pairs
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def _names(path: str, columns: list[str] | None) -> list[str]:
     """Columns of a file under our names."""
     if is_hub_id(path):
         return []
-    return column_names(path) + [item.split("=")[0] for item in columns or []]
+    found = column_names(path)
+    return found + [ours for ours, theirs in parse_renaming(columns).items() if theirs in found]
 
 
 def load_dev(arguments: TrainingArguments) -> Task | None:
