@@ -65,7 +65,7 @@ def recipe(tiny_bert, second_bert, corpus, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_driver_runs_resumes_and_goes_on_with_more_cycles(recipe, second_bert, tmp_path):
+def test_the_driver_runs_resumes_and_refuses_another_recipe(recipe, second_bert, tmp_path):
     run = tmp_path / "run"
     launcher = f"accelerate launch --config_file {ROOT / 'accelerate_configs' / 'cpu.yaml'}"
     words = ["--recipe", recipe, "--output_dir", run, "--launcher", launcher]
