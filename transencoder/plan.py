@@ -80,27 +80,39 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         raise InputError(f"{where}: {DRIVER}.students must be a list of models (name, plm)")
     plan = _build(Plan, {**section, "students": [_build(Student, item, where) for item in students]}, where)
     for name in ("pairs", "tasks", "sentences"):
-        value = getattr(plan, name)
-        if isinstance(value, str):
-            setattr(plan, name, [value])
-        elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise InputError(f"{where}: {DRIVER}.{name} must be a name or a list of names")
-    single = [(plan, ("dev", "data_dir"))]
-    single += [(student, ("name", "plm", "bi_encoder", "cross_encoder_plm")) for student in plan.students]
-    for owner, names in single:
-        for name in names:
-            if not isinstance(getattr(owner, name), str | None):
-                raise InputError(f"{where}: {name} must be a name, not {getattr(owner, name)!r}")
-    if type(plan.cycles) is not int or plan.cycles < 1:
-        raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
-    names = [student.name for student in plan.students]
-    if len(set(names)) < len(names) or any(Path(name).name != name or name == ".." for name in names):
-        raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
+        if isinstance(getattr(plan, name), str):
+            setattr(plan, name, [getattr(plan, name)])
+    _check_kinds(plan, where)
     if plan.dev:
         plan.dev = _named_as_dev(plan.dev)
     titles = [title(*parse_spec(spec)[:2]) for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]]
     if len(set(titles)) < len(titles):
         raise InputError(f"{where}: the tasks' names must differ (NAME=FILE gives a name): {', '.join(titles)}")
+    _check_students(plan, where)
+    return plan
+
+
+def _check_kinds(plan: Plan, where: str) -> None:
+    """Refuse a value of the wrong kind."""
+    for name in ("pairs", "tasks", "sentences"):
+        value = getattr(plan, name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise InputError(f"{where}: {DRIVER}.{name} must be a name or a list of names")
+    words = [(name, getattr(plan, name)) for name in ("dev", "data_dir")]
+    for student in plan.students:
+        words += [(name, getattr(student, name)) for name in ("name", "plm", "bi_encoder", "cross_encoder_plm")]
+    for name, value in words:
+        if not isinstance(value, str | None):
+            raise InputError(f"{where}: {name} must be a name, not {value!r}")
+    if type(plan.cycles) is not int or plan.cycles < 1:
+        raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
+
+
+def _check_students(plan: Plan, where: str) -> None:
+    """Refuse students without what they need, or whose folders would collide."""
+    names = [student.name for student in plan.students]
+    if len(set(names)) < len(names) or any(Path(name).name != name or name == ".." for name in names):
+        raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
     for student in plan.students:
         if not (student.cross_encoder_plm or student.plm):
             raise InputError(f"{where}: student {student.name}: no plm")
@@ -109,7 +121,6 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         for stage in TRAINING_STAGES:
             if not isinstance(getattr(student, stage), dict):
                 raise InputError(f"{where}: student {student.name}: {stage} must hold options")
-    return plan
 
 
 def _named_as_dev(spec: str) -> str:
