@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 2: train a cross-encoder, from a raw language model, on a bi-encoder's scores.
+r"""Step 2: train a cross-encoder, from a raw language model, on a bi-encoder's scores.
 
 accelerate launch scripts/distill_bi2cross.py --model_name_or_path bert-base-uncased --scores bi-scores.parquet \
     --output_dir runs/bert/cycle-1/cross-encoder
@@ -13,27 +13,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from transencoder.arguments import parse_stage
 from transencoder.data import PairInputs
 from transencoder.encoders import CrossEncoder, check_language_model
 from transencoder.errors import one_line_errors
-from transencoder.files import claim, write_run
+from transencoder.files import write_run
 from transencoder.losses import bce_targets, soft_bce
-from transencoder.runtime import finish, log, start
+from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.tasks import load_dev
-from transencoder.training import Batch, count_pieces, select_by, train
+from transencoder.training import Batch, begin, count_pieces, finish, train
 
 STAGE = "distill_bi2cross"
 
 
 @one_line_errors
 def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
-    select_by(arguments)
-    if claim(arguments, STAGE):
-        return log(f"{arguments.output_dir} is complete already")
-    accelerator = start(arguments)
+    arguments, accelerator = begin(STAGE, __doc__)
 
     check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 3: train a bi-encoder, from its step-1 checkpoint, on a cross-encoder's scores.
+r"""Step 3: train a bi-encoder, from its step-1 checkpoint, on a cross-encoder's scores.
 
 accelerate launch scripts/distill_cross2bi.py --model_name_or_path runs/bert/contrastive \
     --scores cross-scores.parquet --output_dir runs/bert/cycle-1/bi-encoder
@@ -12,27 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from torch import Tensor, nn
 
-from transencoder.arguments import parse_stage
 from transencoder.data import SentencePairs
 from transencoder.encoders import BiEncoder, check_bi_encoder
 from transencoder.errors import one_line_errors
-from transencoder.files import claim, write_run
+from transencoder.files import write_run
 from transencoder.losses import cosine_mse
-from transencoder.runtime import finish, log, start
+from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.tasks import load_dev
-from transencoder.training import Batch, count_pieces, select_by, train
+from transencoder.training import Batch, begin, count_pieces, finish, train
 
 STAGE = "distill_cross2bi"
 
 
 @one_line_errors
 def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
-    select_by(arguments)
-    if claim(arguments, STAGE):
-        return log(f"{arguments.output_dir} is complete already")
-    accelerator = start(arguments)
+    arguments, accelerator = begin(STAGE, __doc__)
 
     check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
     dev = load_dev(arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure encoders, or an ensemble of them, on labelled pairs: Spearman and Pearson, or AUC, all x 100.
+r"""Measure encoders, or an ensemble of them, on labelled pairs: Spearman and Pearson, or AUC, all x 100.
 
 accelerate launch scripts/evaluate_encoders.py --encoders runs/bert/contrastive runs/bert/best/bi-encoder \
     --tasks stsb sts16 mine=pairs.test.tsv --data_dir data --output_dir runs/bert/evaluation

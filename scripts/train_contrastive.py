@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 1: tune a pretrained language model into a bi-encoder on unlabelled sentences (SimCSE or Mirror-BERT).
+r"""Step 1: tune a pretrained language model into a bi-encoder on unlabelled sentences (SimCSE or Mirror-BERT).
 
 accelerate launch scripts/train_contrastive.py --model_name_or_path bert-base-uncased --sentences sentences.txt \
     --output_dir runs/bert/contrastive
@@ -12,27 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from torch import Tensor, nn
 
-from transencoder.arguments import parse_stage
 from transencoder.data import DropoutViews, MaskedViews
 from transencoder.encoders import BiEncoder, MLPHead, add_drophead, check_language_model
 from transencoder.errors import one_line_errors
-from transencoder.files import claim, write_run
+from transencoder.files import write_run
 from transencoder.losses import info_nce
-from transencoder.runtime import finish, log, start
+from transencoder.runtime import log
 from transencoder.tables import read_sentences, sample
 from transencoder.tasks import load_dev
-from transencoder.training import Batch, count_pieces, select_by, train
+from transencoder.training import Batch, begin, count_pieces, finish, train
 
 STAGE = "train_contrastive"
 
 
 @one_line_errors
 def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
-    select_by(arguments)
-    if claim(arguments, STAGE):
-        return log(f"{arguments.output_dir} is complete already")
-    accelerator = start(arguments)
+    arguments, accelerator = begin(STAGE, __doc__)
 
     # Everything that can be wrong with the input, before any weights are loaded.
     check_language_model(arguments.model_name_or_path)

@@ -13,9 +13,8 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
-from transencoder.arguments import StageArguments, TrainingArguments
+from transencoder.arguments import StageArguments
 from transencoder.errors import InputError, is_first_process
-from transencoder.files import write_run
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -55,15 +54,6 @@ def log(message: str) -> None:
     """Write a line on stderr, from the first process only."""
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
-
-
-def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
-    """Mark a training stage's output folder as complete, and say what is in it."""
-    if accelerator.is_main_process:
-        write_run(arguments, stage, "complete", **facts)
-    kept = f"step {facts['kept_step']} of {facts['steps']}"
-    score = f", dev {facts['dev_metric']} {facts['dev']:.2f}" if "dev" in facts else ""
-    log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
 
 
 def quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import get_scheduler
 
-from transencoder.arguments import TrainingArguments
+from transencoder.arguments import TrainingArguments, parse_stage
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.evaluation import DevSet, shown_value
-from transencoder.files import move_model, write_folder
-from transencoder.runtime import as_plain, log, progress_bar
+from transencoder.files import claim, move_model, write_folder, write_run
+from transencoder.runtime import as_plain, log, progress_bar, start
 from transencoder.tasks import Task
 
 LOG_STEPS = 10
@@ -70,6 +71,34 @@ def select_by(arguments: TrainingArguments) -> str:
     if arguments.select_by == "dev" and not arguments.dev:
         raise InputError("--select_by dev: needs labelled pairs, --dev FILE")
     return arguments.select_by or ("dev" if arguments.dev else "last")
+
+
+def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
+    """Read the arguments of a training stage, check its output folder, and start Accelerate.
+
+    Exits with code 0 where the folder already holds the result of this very run.
+
+    Args:
+        stage: the script's name without ".py".
+        description: the script's docstring, for --help.
+    Raises:
+        InputError: as `parse_stage`, `select_by`, `claim` and `start` do.
+    """
+    arguments = parse_stage(stage, description)
+    select_by(arguments)
+    if claim(arguments, stage):
+        log(f"{arguments.output_dir} is complete already")
+        sys.exit(0)
+    return arguments, start(arguments)
+
+
+def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
+    """Mark a training stage's output folder as complete, and say what is in it."""
+    if accelerator.is_main_process:
+        write_run(arguments, stage, "complete", **facts)
+    kept = f"step {facts['kept_step']} of {facts['steps']}"
+    score = f", dev {facts['dev_metric']} {facts['dev']:.2f}" if "dev" in facts else ""
+    log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
 
 
 def train(
