@@ -147,6 +147,18 @@ def test_drop_duplicates_keeps_the_first_of_exactly_equal_pairs_only(tmp_path):
     assert len(read_pairs([source])) == 8
 
 
+def write_columns(path: Path, table: dict[str, list]) -> None:
+    """Write plain columns in the format of the path's suffix."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(table), path)
+    elif path.suffix == ".jsonl":
+        write_jsonl(path, [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)])
+    else:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        lines = [table, *zip(*table.values(), strict=True)]
+        write(path, "".join(separator.join(map(str, line)) + "\n" for line in lines))
+
+
 def test_sentences_come_once_each_in_order_of_first_appearance(tmp_path):
     source = write(tmp_path / "sentences.txt", "late || parcel\npay\nlate || parcel\ncard\npay\n")
     assert read_sentences([source])["sentence"][:] == ["late || parcel", "pay", "card"]
@@ -156,14 +168,7 @@ def test_sentences_come_once_each_in_order_of_first_appearance(tmp_path):
 def test_a_pairs_file_gives_the_sentences_of_both_sides_once_each(tmp_path, suffix):
     table = {"sentence1": ["a", "c", "a"], "sentence2": ["b", "a", "d"], "score": [1.0, 2.0, 3.0]}
     path = tmp_path / f"pairs{suffix}"
-    if suffix == ".parquet":
-        pq.write_table(pa.table(table), path)
-    elif suffix == ".jsonl":
-        write_jsonl(path, [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)])
-    else:
-        separator = "\t" if suffix == ".tsv" else ","
-        lines = [table, *zip(*table.values(), strict=True)]
-        write(path, "".join(separator.join(map(str, line)) + "\n" for line in lines))
+    write_columns(path, table)
     sentences = read_sentences([str(path)])["sentence"][:]
     assert sorted(sentences) == ["a", "b", "c", "d"]
     assert sentences[0] == "a"
@@ -183,12 +188,7 @@ def test_a_sentence_column_can_be_named(tmp_path):
 def test_a_pairs_file_with_other_names_gives_the_sentences_of_both_sides(tmp_path, suffix):
     table = {"q1": ["a", "c"], "q2": ["b", "a"], "id": ["1", "2"]}
     path = tmp_path / f"pairs{suffix}"
-    if suffix == ".parquet":
-        pq.write_table(pa.table(table), path)
-    elif suffix == ".jsonl":
-        write_jsonl(path, [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)])
-    else:
-        write(path, "".join(",".join(line) + "\n" for line in [table, *zip(*table.values(), strict=True)]))
+    write_columns(path, table)
     columns = ["sentence1=q1", "sentence2=q2", "score=gold"]
     assert sorted(read_sentences([str(path)], columns)["sentence"][:]) == ["a", "b", "c"]
     with pytest.raises(InputError, match="no column 'sentence'"):
