@@ -10,14 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+import numpy as np
+
 from transencoder.arguments import parse_stage
-from transencoder.encoders import check_encoders
+from transencoder.encoders import check_encoders, inspect_encoder
 from transencoder.errors import one_line_errors
-from transencoder.evaluation import result_entries, results_table
+from transencoder.evaluation import encoder_groups, result_entries, results_table
 from transencoder.files import claim, write_json, write_run, write_text
+from transencoder.paper import check_setting
 from transencoder.runtime import log, start
 from transencoder.scoring import score_with
-from transencoder.tasks import load_task
+from transencoder.tasks import expand_groups, load_task
 
 STAGE = "evaluate_encoders"
 
@@ -31,25 +34,31 @@ def main() -> None:
     accelerator = start(arguments)
 
     check_encoders(arguments.encoders, arguments.pooling)
-    tasks = [load_task(spec, arguments.data_dir, arguments.columns) for spec in arguments.tasks]
+    if arguments.paper:
+        check_setting(arguments.paper, "--paper")
+    tasks = [load_task(spec, arguments.data_dir, arguments.columns) for spec in expand_groups(arguments.tasks)]
     write_run(arguments, STAGE, "running")
 
+    sets = [task.pairs for task in tasks]
+    scores = [
+        score_with([name], sets, accelerator, arguments.eval_batch_tokens, arguments.pooling)
+        for name in arguments.encoders
+    ]
+    kinds = [inspect_encoder(name) for name in arguments.encoders]
     results = []
-    for encoders in [arguments.encoders] if arguments.ensemble else [[name] for name in arguments.encoders]:
-        all_scores = score_with(
-            encoders, [task.pairs for task in tasks], accelerator, arguments.eval_batch_tokens, arguments.pooling
-        )
-        for task, scores in zip(tasks, all_scores, strict=True):
-            results += result_entries(encoders, task, scores)
+    for group in encoder_groups(kinds, arguments.ensemble, arguments.with_ensembles):
+        for place, task in enumerate(tasks):
+            mean = np.mean([scores[encoder][place] for encoder in group], axis=0)
+            results += result_entries([arguments.encoders[encoder] for encoder in group], task, mean)
     accelerator.init_trackers("trans-encoder")
     for entry in results:
         name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
         accelerator.log({name: entry["value"]})
     if accelerator.is_main_process:
         write_json(output / "results.json", results)
-        write_text(output / "results.md", results_table(results))
+        write_text(output / "results.md", results_table(results, arguments.paper))
         write_run(arguments, STAGE, "complete", world_size=accelerator.num_processes)
-        print(results_table(results))
+        print(results_table(results, arguments.paper))
     accelerator.end_training()
 
 

@@ -20,7 +20,11 @@ def parse() -> argparse.Namespace:
     parser = StageParser((), __doc__)
     parser.add_argument("--recipe", required=True, help="YAML file")
     parser.add_argument("--output_dir", required=True, help="folder of the run")
-    parser.add_argument("--plm", help="language model in place of the recipe's")
+    for key, what in (("plm", "language model"), ("bi_encoder", "ready bi-encoder")):
+        parser.add_argument(
+            f"--{key}", action="append", default=[], help=f"{what} in place of the recipe's: [NAME=]MODEL"
+        )
+    parser.add_argument("--data_dir", help="folder of the tasks in place of the recipe's")
     parser.add_argument("--seed", type=int, help="seed in place of the recipe's")
     parser.add_argument("--dry_run", action="store_true", help="write nothing")
     return parser.parse_args()
@@ -30,7 +34,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     quiet_libraries()
-    recipe = resolve_recipe(arguments.recipe, arguments.plm, arguments.seed)
+    models = {"plm": arguments.plm, "bi_encoder": arguments.bi_encoder}
+    recipe = resolve_recipe(arguments.recipe, models, arguments.seed, arguments.data_dir)
     plan = load_plan(recipe, f"--recipe {arguments.recipe}")
     check_inputs(plan, arguments.recipe)
     if not arguments.dry_run:

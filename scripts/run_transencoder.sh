@@ -6,8 +6,11 @@
 #   --recipe FILE       what to train on what; the other recipes are good places to start from
 #   --output_dir DIR    the run; the same command again goes on where it stopped
 #   --launcher CMD      how a stage is started (default: "accelerate launch"); its words are split at spaces
-#   --plm MODEL         a language model in place of the recipe's: Hub id or folder (recipes with one student)
+#   --plm [NAME=]MODEL  a language model in place of the recipe's: Hub id or folder; NAME is the student, where there are several
+#   --bi_encoder [NAME=]MODEL    the same for a ready bi-encoder
+#   --data_dir DIR      the folder of tasks and pools in place of the recipe's
 #   --seed N            a seed in place of the recipe's
+#   --seeds N N ...     a run for each seed, in DIR/seed-N; their mean and standard deviation in DIR/results.md
 #   --dry_run           print the commands, run nothing
 #
 # Cost, with the time of one training of the cross-encoder (step 2) as the unit: step 1 is about 0.1 to 1, and each cycle
@@ -15,26 +18,42 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-launcher="accelerate launch" recipe="" run="" dry="" plan_flags=() seed=()
+launcher="accelerate launch" recipe="" run="" dry="" plan_flags=() seed=() seeds=()
 
 fail() { echo "run_transencoder.sh: error: $1" >&2; exit 2; }
 while (($#)); do
   case $1 in
     -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --dry_run) dry=1; plan_flags+=(--dry_run); shift; continue ;;
-    --recipe | --output_dir | --launcher | --plm | --seed) (($# > 1)) || fail "$1 needs a value" ;;
+    --seeds) shift; while (($#)) && [[ $1 != --* ]]; do seeds+=("$1"); shift; done
+      ((${#seeds[@]} > 1)) || fail "--seeds needs two or more numbers"
+      continue ;;
+    --recipe | --output_dir | --launcher | --plm | --bi_encoder | --data_dir | --seed) (($# > 1)) || fail "$1 needs a value" ;;
     *) fail "unknown argument $1 (see --help)" ;;
   esac
   case $1 in
     --recipe) recipe=$2 ;;
     --output_dir) run=${2%/} ;;
     --launcher) launcher=$2 ;;
-    --plm) plan_flags+=(--plm "$2") ;;
+    --plm | --bi_encoder | --data_dir) plan_flags+=("$1" "$2") ;;
     --seed) plan_flags+=(--seed "$2") seed=(--seed "$2") ;;
   esac
   shift 2
 done
 [[ $recipe && $run ]] || fail "give --recipe FILE and --output_dir DIR (see --help)"
+
+# Several seeds: this script once for each, and the table of all.
+if ((${#seeds[@]})); then
+  ((${#seed[@]} == 0)) || fail "--seed and --seeds exclude one another"
+  [[ ! -e $run/recipe.yaml ]] || fail "--output_dir $run: holds a run of one seed; choose another folder"
+  for number in "${seeds[@]}"; do
+    [[ $dry ]] || echo "Seed $number" >&2
+    bash "${BASH_SOURCE[0]}" --recipe "$recipe" --output_dir "$run/seed-$number" --launcher "$launcher" --seed "$number" \
+      ${plan_flags[@]+"${plan_flags[@]}"} || exit $?
+  done
+  [[ $dry ]] || python "$here/summarize_run.py" "${seeds[@]/#/$run/seed-}" --output "$run/results.md"
+  exit
+fi
 read -ra launcher <<<"$launcher"
 
 # Checks the recipe and everything it names, and defines CYCLES, NAMES, PAIRS, ... (one array element for each student).
@@ -94,7 +113,7 @@ for i in "${!NAMES[@]}"; do
 done
 start=("${bi[@]}")
 stage "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
-  --output_dir "$run/start"
+  "${ENSEMBLES[@]}" --output_dir "$run/start"
 
 for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   folder=$run/cycle-$cycle cross=()
@@ -120,7 +139,7 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   done
 
   stage "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
-    "${DATA[@]}" --output_dir "$folder"
+    "${DATA[@]}" "${ENSEMBLES[@]}" --output_dir "$folder"
 done
 
 [[ $dry ]] || python "$here/summarize_run.py" "$run"

@@ -40,6 +40,7 @@ def main() -> None:
         arguments.pooling,
         arguments.both_orders,
         facts,
+        arguments.teacher_weights,
     )
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     accelerator.end_training()

@@ -3,7 +3,7 @@
 
 python scripts/summarize_run.py runs/quickstart
 
-Of several runs that differ in their seed only, it prints means and standard deviations, and writes nothing.
+Of several runs that differ in their seed only, it prints means and standard deviations, which --output keeps.
 """
 
 import argparse
@@ -26,6 +26,7 @@ were, without their labels, among the training pairs, as in the paper, these fig
 def parse() -> argparse.Namespace:
     parser = StageParser((), __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that run_transencoder.sh filled")
+    parser.add_argument("--output", type=Path, help="Markdown file for the table of several runs")
     return parser.parse_args()
 
 
@@ -41,12 +42,20 @@ def write_summary(run: Path, rounds: list[Round]) -> None:
 
 @one_line_errors
 def main() -> None:
-    runs = parse().runs
+    arguments = parse()
+    runs = arguments.runs
     collected = [collect_rounds(run) for run in runs]
     if len(runs) == 1:
-        write_summary(runs[0], collected[0])
-    else:
-        print(summary_table(collected))
+        return write_summary(runs[0], collected[0])
+    table = summary_table(collected)
+    print(table)
+    if arguments.output:
+        names = ", ".join(run.name for run in runs)
+        text = (
+            f"# {arguments.output.absolute().parent.name}\n\nMean ± standard deviation of {names}.\n\n{table}{NOTES}"
+        )
+        write_text(arguments.output, text)
+        print(f"Written: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it when they are import
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -94,6 +94,32 @@ def tiny_bert(tmp_path_factory) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory) -> Path:
+    """Folder of a random one-layer RoBERTa, 24 wide, which cuts text into other pieces than the tiny BERT."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-roberta"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name}_token": token for name, token in zip(("bos", "pad", "eos", "unk", "mask"), special, strict=True)},
+        cls_token="<s>",
+        sep_token="</s>",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    torch.manual_seed(2)
+    size = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = RobertaConfig(vocab_size=len(fast), max_position_embeddings=66, type_vocab_size=1, **size)
+    RobertaModel(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
     return folder
 
 

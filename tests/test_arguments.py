@@ -386,6 +386,12 @@ def test_a_plan_takes_single_names_for_lists_and_the_papers_cycles():
     assert RECIPE[DRIVER]["tasks"] == "stsb"  # the recipe itself stays as it is
 
 
+def test_a_plan_names_the_members_of_a_group():
+    assert load_plan(plan_with(tasks=["sts", "stsb", "qqp"]), "r.yaml").tasks == [
+        "sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "qqp",
+    ]  # fmt: skip
+
+
 def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
     student = {"name": "a", "bi_encoder": "org/simcse", "cross_encoder_plm": "bert"}
     (student,) = load_plan(plan_with(students=[student], sentences=None), "r.yaml").students
@@ -409,6 +415,10 @@ def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
         (plan_with(students=[{"name": "a", "plm": "b"}, {"name": "a", "plm": "c"}]), "names must differ"),
         (plan_with(students=[{"name": "a/b", "plm": "b"}]), "plain folder names: a/b"),
         (plan_with(students=[{"name": "..", "plm": "b"}]), "plain folder names: .."),
+        (plan_with(students=[{"name": "ensemble", "plm": "b"}]), "cannot be called 'ensemble'"),
+        (plan_with(paper="simcse-bert-base/self"), "paper must name a setting of the paper for each student"),
+        (plan_with(paper={"roberta": "simcse-bert-base/self"}), "paper: no student 'roberta'"),
+        (plan_with(paper={"bert": "simcse-bert/self"}), "paper: the paper has no 'simcse-bert/self'; it has: "),
         (plan_with(pairs=None), "needs 'pairs'"),
         (plan_with(tasks=None), "needs 'tasks'"),
         (plan_with(cycle=3), "unknown key 'cycle'"),
@@ -548,18 +558,26 @@ def test_a_ready_bi_encoder_needs_no_batch_of_sentences(check_student, tiny_bert
 
 def test_the_drivers_flags_are_worked_into_the_recipe(recipe):
     path = recipe(yaml.safe_dump({"common": {"seed": 1, "num_epochs": 2}, **RECIPE}))
-    resolved = resolve_recipe(path, plm="org/roberta", seed=7)
+    resolved = resolve_recipe(path, {"plm": ["org/roberta"], "bi_encoder": ["bert=org/simcse"]}, 7, "my data")
     assert resolved["common"] == {"seed": 7, "num_epochs": 2}
-    assert resolved[DRIVER]["students"] == [{"name": "bert", "plm": "org/roberta"}]
+    assert resolved[DRIVER]["students"] == [{"name": "bert", "plm": "org/roberta", "bi_encoder": "org/simcse"}]
+    assert resolved[DRIVER]["data_dir"] == "my data"
     assert resolve_recipe(path) == read_recipe(path)
     assert resolve_recipe(recipe(yaml.safe_dump(RECIPE)), seed=7)["common"] == {"seed": 7}
 
 
+def test_each_student_can_get_another_model(recipe):
+    path = recipe(yaml.safe_dump(plan_with(students=[{"name": "a", "plm": "x"}, {"name": "b", "plm": "y"}])))
+    resolved = resolve_recipe(path, {"plm": ["b=/models/b", "a=c"]})
+    assert resolved[DRIVER]["students"] == [{"name": "a", "plm": "c"}, {"name": "b", "plm": "/models/b"}]
+
+
+@pytest.mark.parametrize("value", ["org/roberta", "c=org/roberta"])
 @pytest.mark.parametrize("students", [[{"name": "a"}, {"name": "b"}], None])
-def test_plm_needs_a_recipe_with_one_student(recipe, students):
+def test_a_model_for_no_student_or_for_several_is_refused(recipe, students, value):
     path = recipe(yaml.safe_dump(plan_with(students=students)))
-    with pytest.raises(InputError, match="--plm: "):
-        resolve_recipe(path, plm="org/roberta")
+    with pytest.raises(InputError, match=f"--plm {value}: .*{'students a, b' if students else 'students'}"):
+        resolve_recipe(path, {"plm": [value]})
 
 
 def test_the_resolved_recipe_is_kept_with_the_run(tmp_path):
@@ -641,8 +659,14 @@ def test_a_plan_without_dev_or_data_folder_passes_neither_on():
     assert in_bash(plan, '"${#DEV[@]}" "${#DATA[@]}" "${TASKS[@]}"') == ["0", "0", "stsb"]
 
 
+def test_several_students_are_measured_together_too():
+    students = [{"name": "a", "plm": "b"}, {"name": "c", "plm": "d"}]
+    for plan, expected in ((RECIPE, []), (plan_with(students=students), ["--with_ensembles=True"])):
+        assert in_bash(to_shell(load_plan(plan, "r.yaml")), '"${ENSEMBLES[@]-}"') == (expected or [""])
+
+
 def test_the_plan_of_a_run_is_read_from_its_kept_recipe(tmp_path: Path):
-    keep_recipe(resolve_recipe(write_yaml(tmp_path / "r.yaml", RECIPE), "org/roberta", 7), tmp_path / "run")
+    keep_recipe(resolve_recipe(write_yaml(tmp_path / "r.yaml", RECIPE), {"plm": ["org/roberta"]}, 7), tmp_path / "run")
     path = str(tmp_path / "run" / "recipe.yaml")
     assert load_plan(read_recipe(path), path).students[0].plm == "org/roberta"
     assert parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path]).seed == 7

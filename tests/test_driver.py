@@ -25,7 +25,7 @@ def drive(*words, path_first=None):
 
 @pytest.fixture(scope="module")
 def second_bert(tiny_bert, tmp_path_factory):
-    """Another architecture with another tokenizer: a tiny DistilBERT that knows fewer words."""
+    """Another architecture: a tiny DistilBERT."""
     import torch
     from transformers import DistilBertConfig, DistilBertModel
 
@@ -39,22 +39,24 @@ def second_bert(tiny_bert, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_bert, second_bert, corpus, tmp_path_factory):
-    """Mutual distillation of two students, one of which has a cross-encoder of another architecture."""
+def recipe(tiny_bert, second_bert, tiny_roberta, corpus, tmp_path_factory):
+    """Mutual distillation of a BERT and a RoBERTa, whose cross-encoder is a DistilBERT."""
     stage = dict(total_batch_size=16, learning_rate=1e-3, num_epochs=1, eval_steps=100)
     content = {
         "common": {"mixed_precision": "no"},
         "run_transencoder": {
             "students": [
                 {"name": "one", "plm": str(tiny_bert), "train_contrastive": {"temperature": 0.1}},
-                {"name": "two", "plm": str(tiny_bert), "cross_encoder_plm": str(second_bert)},
+                {"name": "two", "plm": str(tiny_roberta), "cross_encoder_plm": str(second_bert)},
             ],
             "sentences": str(corpus / "sentences.txt"),
             "pairs": str(corpus / "pairs.jsonl"),
             "dev": f"mine.dev={corpus / 'dev.jsonl'}",
             "tasks": [f"mine={corpus / 'test.jsonl'}", f"other={corpus / 'dev.jsonl'}"],
             "cycles": 1,
+            "paper": {"one": "simcse-bert-base/mutual", "ensemble": "simcse-base/mutual"},
         },
+        "score_pairs": {"teacher_weights": [2, 1]},
         "train_contrastive": {**stage, "pooling": "mean"},
         "distill_bi2cross": stage,
         "distill_cross2bi": stage,
@@ -82,6 +84,10 @@ def test_the_driver_runs_resumes_and_refuses_another_recipe(recipe, second_bert,
     table = (run / "results.md").read_text()
     assert "start, bi-encoder (one)" in table and "cycle 1, cross-encoder (two)" in table
     assert "mean of tests" in table and "mine.dev" in table
+    assert json.loads((cycle / "bi-encoder/two/config.json").read_text())["model_type"] == "roberta"
+    assert "start, bi-encoder (ensemble)" in table and "cycle 1, bi- and cross-encoder (ensemble)" in table
+    sizes = [len(entry["encoders"]) for entry in json.loads((cycle / "results.json").read_text())]
+    assert {size: sizes.count(size) for size in sizes} == {1: 24, 2: 12, 4: 6}  # three sets, two metrics
     import sentence_transformers
 
     sentence_transformers.CrossEncoder(str(run / "best/cross-encoder"), device="cpu")
@@ -112,6 +118,19 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
         assert arguments.seed == 7 and arguments.mixed_precision == "no"
 
 
+def test_several_seeds_are_several_runs(recipe, tmp_path):
+    words = ["--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run"]
+    result = drive(*words, "--seeds", 3, 5, "--launcher", "accelerate launch --cpu")
+    assert result.returncode == 0, result.stderr
+    commands = result.stdout.splitlines()
+    for seed, half in ((3, commands[:10]), (5, commands[10:])):
+        alone = drive(*words[:3], tmp_path / "run" / f"seed-{seed}", "--dry_run", "--seed", seed)
+        assert half == [line.replace("launch", "launch --cpu", 1) for line in alone.stdout.splitlines()]
+    for bad in (["--seeds", 1], ["--seeds", 1, 2, "--seed", 3], ["--seeds", 1, "x"]):
+        refusal = drive(*words, *bad)
+        assert refusal.returncode == 2 and len(refusal.stderr.splitlines()) == 1, refusal.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -125,6 +144,7 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
 )
 def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, change, words, run_script):
     content = yaml.safe_load(recipe.read_text())
+    del content["run_transencoder"]["paper"], content["score_pairs"]
     content["run_transencoder"].update(change)
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -425,6 +425,8 @@ def test_several_encoders_give_their_mean_score(bi_folder, cross_folder):
     names = [str(bi_folder), str(cross_folder)]
     (first,), (second,) = (score_with([name], [table], accelerator, 256) for name in names)
     both, part = score_with(names, [table, table.select([5, 2])], accelerator, 256)
+    (weighted,) = score_with(names, [table], accelerator, 256, weights=[1, 3])
+    np.testing.assert_allclose(weighted, 0.25 * first + 0.75 * second, atol=1e-6)
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
     np.testing.assert_allclose(part, both[[5, 2]], atol=1e-5)
 

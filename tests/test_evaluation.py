@@ -12,13 +12,14 @@ import pytest
 import yaml
 from conftest import random_pairs, write_jsonl
 
-from transencoder import summary
+from transencoder import paper, summary
 from transencoder.encoders import CrossEncoder
 from transencoder.errors import InputError
 from transencoder.evaluation import (
     AUC,
     Pearson,
     Spearman,
+    encoder_groups,
     markdown_table,
     measure,
     result_entries,
@@ -190,6 +191,70 @@ def test_a_value_that_is_not_defined_is_a_dash_and_no_part_of_the_mean():
         entry(["b"], "sickr", "spearman", None),
     ]
     assert results_table(results).splitlines()[2:] == ["| a | - | 70.00 | 70.00 |", "| b | - | - | - |"]
+
+
+def test_the_papers_figures_stand_below_ours():
+    results = [
+        entry(["a"], task, "spearman", 50.0, kind=kind) for kind in ("bi",) for task in paper.GROUPS["sts_sickr"]
+    ]
+    results += [entry(["b"], "stsb", "spearman", 60.0, kind="cross"), entry(["a", "b"], "stsb", "spearman", 70.0)]
+    lines = results_table(results, "simcse-bert-base/self").splitlines()
+    # Values and average as printed in the paper, Table 2.
+    assert lines[3].startswith("| paper: simcse-bert-base/self/bi | 72.17 | 84.40 | 76.69 ")
+    assert lines[3].endswith("| 81.26 | 71.84 | 78.65 |")
+    assert lines[5].startswith("| paper: simcse-bert-base/self/cross | 71.94 |")
+    assert lines[6].startswith("| a + b |") and len(lines) == 7  # the paper's row is one encoder's
+    assert "paper" not in results_table([entry(["a"], "mine", "auc", 1.0)], "simcse-bert-base/self")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "expected"),
+    [
+        ("sts12", "simcse-bert-base/start/bi", 68.64),
+        ("sickr", "simcse-roberta-base/mutual/cross", 72.62),
+        ("sts_sickr", "simcse-roberta-base/mutual/cross", 81.15),
+        ("sts_sickr", "mirror-roberta-base-drophead/self/cross", 80.87),
+        ("sts12", "mirror-roberta-base-drophead/self/cross", None),
+        ("qnli", "simcse-bert-base/self/cross", 75.61),
+        ("qnli", "simcse-bert-base/self-transfer/cross", 78.81),
+        ("binary", "simcse-bert-base/mutual/bi", 79.18),
+        ("sts12", "simcse-bert-base/self-transfer/bi", None),
+        ("mine", "simcse-bert-base/self/bi", None),
+        ("sts12", "bert/self/bi", None),
+    ],
+)
+def test_published_figures(task, row, expected):
+    assert paper.published(task, row) == expected
+
+
+def test_the_papers_averages_are_those_of_its_columns():
+    """Guards the figures against slips of the pen: the paper rounds each to two decimals."""
+    for rows in (paper.STS_ROWS, paper.BINARY_ROWS):
+        for row, (*values, average) in rows.items():
+            assert abs(np.mean(values) - average) < 0.011, row
+
+
+def test_the_papers_mean_is_of_the_same_sets_as_ours():
+    row = "simcse-bert-base/self/bi"
+    assert paper.published_values(row, ["stsb", "sts12"]) == [81.26, 72.17, pytest.approx(76.715)]
+    assert paper.published_values(row, ["stsb", "mine"]) == [81.26, None, None]
+    assert paper.published_values("declutr/self/bi", list(paper.GROUPS["sts_sickr"])) == [None] * 7 + [74.57]
+    assert paper.published_values("declutr/self/bi", ["stsb"]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "flags", "expected"),
+    [
+        (["bi", "cross"], (False, False), [[0], [1]]),
+        (["cross", "bi"], (True, False), [[0, 1]]),
+        (["cross", "bi"], (False, True), [[0], [1], [1, 0]]),
+        (["bi", "plm"], (False, True), [[0], [1], [0, 1]]),
+        (["cross", "cross", "bi", "bi"], (False, True), [[0], [1], [2], [3], [2, 3], [0, 1], [2, 3, 0, 1]]),
+        (["bi"], (False, True), [[0]]),
+    ],
+)
+def test_ensembles(kinds, flags, expected):
+    assert encoder_groups(kinds, *flags) == expected
 
 
 def test_one_task_needs_no_mean():
@@ -494,6 +559,35 @@ def test_the_summary_table_names_the_students_where_there_are_several(tmp_path):
         "| cycle 1, bi-encoder (bert) | 0.00 | 1.00 | 2.00 | 1.50 |",
         "| cycle 1, bi-encoder (roberta) | 0.00 | 1.00 | 2.00 | 1.50 |",
     ]
+
+
+def test_the_summary_table_has_ensembles_and_the_papers_figures(tmp_path):
+    values = {"start": [[1, 2, 3], [4, 5, 6]], "cycle-1": [[7, 8, 9]] * 2 + [[0, 1, 2]] * 2}
+    run = make_run(tmp_path, ["bert", "roberta"], values)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["run_transencoder"]["paper"] = {"bert": "simcse-bert-base/mutual", "ensemble": "simcse-base/mutual"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    results = json.loads((run / "cycle-1" / "results.json").read_text())
+    for kind, value in (("bi", 50), ("bi+cross", 60)):
+        for task, split in (("stsb", "dev"), ("stsb", "test"), ("sickr", "test")):
+            results.append(entry(["x", "y"], task, "spearman", value, split, kind))
+    (run / "cycle-1" / "results.json").write_text(json.dumps(results))
+    rounds = collect_rounds(run)
+    assert summary_table([rounds]).splitlines()[2:] == [
+        "| start, bi-encoder (bert) | 1.00 | 2.00 | 3.00 | 2.50 |",
+        "| paper: simcse-bert-base/start/bi | - | 76.54 | 72.22 | 74.38 |",
+        "| start, bi-encoder (roberta) | 4.00 | 5.00 | 6.00 | 5.50 |",
+        "| cycle 1, cross-encoder (bert) | 7.00 | 8.00 | 9.00 | 8.50 |",
+        "| paper: simcse-bert-base/mutual/cross | - | 83.61 | 69.52 | 76.56 |",
+        "| cycle 1, cross-encoder (roberta) | 7.00 | 8.00 | 9.00 | 8.50 |",
+        "| cycle 1, bi-encoder (bert) | 0.00 | 1.00 | 2.00 | 1.50 |",
+        "| paper: simcse-bert-base/mutual/bi | - | 83.90 | 72.76 | 78.33 |",
+        "| cycle 1, bi-encoder (roberta) | 0.00 | 1.00 | 2.00 | 1.50 |",
+        "| cycle 1, bi-encoder (ensemble) | 50.00 | 50.00 | 50.00 | 50.00 |",
+        "| cycle 1, bi- and cross-encoder (ensemble) | 60.00 | 60.00 | 60.00 | 60.00 |",
+    ]
+    assert best_round(rounds, "bi").student == "roberta"  # no ensemble is one model
+    plot_progress(run / "progress.png", rounds)
 
 
 def test_runs_of_several_seeds_are_summarized_by_mean_and_standard_deviation(tmp_path):

@@ -291,6 +291,17 @@ def test_flags_that_cannot_work_are_refused(tiny_bert, corpus, tmp_path, run_scr
     refused(run_script("train_contrastive.py", *words, "--micro_batch_size", 4), "--micro_batch_size")
     refused(run_script("train_contrastive.py", *words, "--num_epochs", 0), "--num_epochs 0")
     refused(run_script("train_contrastive.py", *words, "--total_batch_size", 97), "96 examples", "--total_batch_size")
+    words = ["--encoders", tiny_bert, "--pooling", "mean", "--pairs", corpus / "pairs.jsonl"]
+    words += ["--output", tmp_path / "out.parquet"]
+    for weights in ([1, 2], [0], ["nan"]):
+        given = ["--teacher_weights", *weights]
+        refused(run_script("score_pairs.py", *words, *given), "--teacher_weights", "one positive number", "1 encoder")
+    words = ["--encoders", tiny_bert, "--tasks", f"mine={corpus / 'dev.jsonl'}", "--output_dir", tmp_path / "out"]
+    words += ["--pooling", "mean"]
+    refused(run_script("evaluate_encoders.py", *words, "--paper", "bert"), "--paper", "no 'bert'", "declutr/self")
+    refused(run_script("evaluate_encoders.py", *words, "--ensemble", "--with_ensembles"), "--with_ensembles")
+    words = ["--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt"]
+    words += ["--output_dir", tmp_path / "out"]
     if importlib.util.find_spec("wandb") is None:
         refused(run_script("train_contrastive.py", *words, "--report_to", "wandb"), "--report_to wandb", "pip install")
     assert not (tmp_path / "out").exists()

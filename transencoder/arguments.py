@@ -136,12 +136,14 @@ class LabelArguments:
     scores: str | None = option("Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them.", None)
     teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs.", None)
+    teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
 
     def __post_init__(self) -> None:
         if bool(self.scores) == bool(self.teachers):
             raise InputError("give either --scores FILE or --teachers ENCODER --pairs FILE")
         if bool(self.teachers) != bool(self.pairs):
             raise InputError("--teachers and --pairs go together")
+        check_weights(self.teacher_weights, len(self.teachers or []))
 
 
 @dataclass
@@ -183,9 +185,13 @@ class ScoringArguments(StageArguments):
         "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
     )
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
+    teacher_weights: list[float] | None = option("Weights of the encoders in the mean. Default: equal.", None)
     pooling: Literal["cls", "mean"] | None = option(
         "Only for a plain language model, which does not say how it pools.", None
     )
+
+    def __post_init__(self) -> None:
+        check_weights(self.teacher_weights, len(self.encoders))
 
 
 @dataclass
@@ -194,13 +200,24 @@ class EvaluationArguments(ReportArguments, StageArguments):
 
     encoders: list[str] = option("Bi- and cross-encoders to evaluate: folders or Hub ids.")
     tasks: list[str] = option(
-        "Tasks (sts12 ... stsb sickr qqp qnli mrpc, stsb.dev, ...) or NAME=FILE with gold labels."
+        "Tasks (sts12 ... stsb sickr qqp qnli mrpc, stsb.dev, ...), groups (sts sts_sickr binary), or NAME=FILE with "
+        "gold labels."
     )
     output_dir: str = option("Folder for results.json and results.md.")
     ensemble: bool = option("Evaluate the mean of all encoders' scores, not each encoder.", False)
+    with_ensembles: bool = option(
+        "Evaluate each encoder, and the means of the bi-encoders, of the cross-encoders, and of all.", False
+    )
+    paper: str | None = option(
+        "Setting of the paper's tables whose figures stand beside ours, such as simcse-bert-base/self.", None
+    )
     pooling: Literal["cls", "mean"] | None = option(
         "Only for a plain language model, which does not say how it pools.", None
     )
+
+    def __post_init__(self) -> None:
+        if self.ensemble and self.with_ensembles:
+            raise InputError("--ensemble and --with_ensembles exclude one another")
 
 
 # What a number may be: lowest and highest.
@@ -330,6 +347,13 @@ def parse_stage(stage: str, description: str | None = None, argv: list[str] | No
         raise InputError(f"unknown arguments: {' '.join(unknown)} (see --help)")
     check_numbers(arguments)
     return arguments
+
+
+def check_weights(weights: list[float] | None, encoders: int) -> None:
+    """Raise `InputError` unless there is a positive weight for each encoder."""
+    if weights is not None and (len(weights) != encoders or not all(0 < weight < math.inf for weight in weights)):
+        shown = " ".join(map(str, weights))
+        raise InputError(f"--teacher_weights {shown}: must be one positive number for each of {encoders} encoder(s)")
 
 
 def check_numbers(arguments: Any) -> None:

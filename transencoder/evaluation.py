@@ -11,6 +11,7 @@ from scipy import stats
 from torch import nn
 
 from transencoder.encoders import inspect_encoder
+from transencoder.paper import published_values, row_of
 from transencoder.scoring import PreparedPairs, score_prepared
 from transencoder.tasks import Task, title
 
@@ -100,6 +101,26 @@ class DevSet:
         return measure(self.task, scores)[self.metric]
 
 
+def encoder_groups(kinds: list[str], ensemble: bool, with_ensembles: bool) -> list[list[int]]:
+    """Which encoders are measured together, by their places; the mean of a group's scores is what counts.
+
+    Args:
+        kinds: "bi" or "cross" of each encoder.
+        ensemble: only all together, in their order.
+        with_ensembles: each alone, and then the bi-encoders, the cross-encoders, and all, where these are several.
+    """
+    everyone = list(range(len(kinds)))
+    if ensemble:
+        return [everyone]
+    cross = [place for place in everyone if kinds[place] == "cross"]
+    bi = [place for place in everyone if kinds[place] != "cross"]
+    groups = [[place] for place in everyone]
+    for group in (bi, cross, bi + cross) if with_ensembles else ():
+        if len(group) > 1 and group not in groups:
+            groups.append(group)
+    return groups
+
+
 def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[dict[str, Any]]:
     """What results.json says of one measurement: an entry for each metric."""
     kind = "+".join(dict.fromkeys(inspect_encoder(name) for name in encoders)).replace("plm", "bi")
@@ -107,11 +128,18 @@ def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[
     return [dict(facts, metric=metric, value=value) for metric, value in measure(task, scores).items()]
 
 
-def results_table(results: list[dict[str, Any]]) -> str:
-    """results.json's entries as a Markdown table: a row for each encoder, a column for each task, and the mean."""
+def results_table(results: list[dict[str, Any]], paper: str | None = None) -> str:
+    """results.json's entries as a Markdown table: a row for each encoder, a column for each task, and the mean.
+
+    Args:
+        paper: setting of the paper's tables, whose row of the same kind follows each of ours (where there are single
+            encoders, each of theirs).
+    """
     shown = [entry for entry in results if entry["metric"] in PRIMARY]
     titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
     rows: dict[str, dict[str, float | None]] = {}
+    fewest = min((len(entry["encoders"]) for entry in shown), default=0)
+    kinds = {" + ".join(entry["encoders"]): entry["kind"] for entry in shown if len(entry["encoders"]) == fewest}
     for entry in shown:
         rows.setdefault(" + ".join(entry["encoders"]), {})[title(entry["task"], entry["split"])] = entry["value"]
     body = []
@@ -119,7 +147,25 @@ def results_table(results: list[dict[str, Any]]) -> str:
         known = [value for value in values.values() if value is not None]
         body.append([name, *(shown_value(values.get(title)) for title in titles)])
         body[-1] += [shown_value(float(np.mean(known)) if known else None)] if len(titles) > 1 else []
+        body += paper_rows(row_of(paper, kinds[name]), titles) if paper and name in kinds else []
     return markdown_table(["encoder", *titles, *(["mean"] if len(titles) > 1 else [])], body)
+
+
+def paper_rows(row: str, titles: list[str], tests: list[str] | None = None) -> list[list[str]]:
+    """The paper's row as a table's row, none if it has no figure for any of these sets.
+
+    Args:
+        row: as `paper.published` takes it.
+        titles: of the table's columns.
+        tests: those among them that the last column is the mean of; all by default.
+    """
+    tests = titles if tests is None else tests
+    *values, mean = published_values(row, tests)
+    if mean is None and not any(values):
+        return []
+    known = dict(zip(tests, values, strict=True))
+    cells = [shown_value(known.get(title)) for title in titles] + ([shown_value(mean)] if len(tests) > 1 else [])
+    return [[f"paper: {row}", *cells]]
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -12,11 +12,13 @@ from transencoder.arguments import DRIVER, STAGES, as_options, parse_stage, read
 from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
+from transencoder.paper import check_setting
 from transencoder.runtime import trackers
 from transencoder.tables import read_pairs, read_sentences
-from transencoder.tasks import load_task, parse_spec, title
+from transencoder.tasks import expand_groups, load_task, parse_spec, title
 from transencoder.training import count_pieces, select_by
 
+ENSEMBLE = "ensemble"  # what tables call the mean of the students
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
 
 
@@ -53,6 +55,7 @@ class Plan:
         dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
         data_dir: folder of the registered tasks.
         cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
+        paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
     """
 
     students: list[Student]
@@ -62,6 +65,7 @@ class Plan:
     dev: str | None = None
     data_dir: str | None = None
     cycles: int = 3
+    paper: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load_plan(recipe: dict[str, Any], where: str) -> Plan:
@@ -83,6 +87,7 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         if isinstance(getattr(plan, name), str):
             setattr(plan, name, [getattr(plan, name)])
     _check_kinds(plan, where)
+    plan.tasks = expand_groups(plan.tasks)
     if plan.dev:
         plan.dev = _named_as_dev(plan.dev)
     titles = [title(*parse_spec(spec)[:2]) for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]]
@@ -104,6 +109,8 @@ def _check_kinds(plan: Plan, where: str) -> None:
     for name, value in words:
         if not isinstance(value, str | None):
             raise InputError(f"{where}: {name} must be a name, not {value!r}")
+    if not isinstance(plan.paper, dict):
+        raise InputError(f"{where}: {DRIVER}.paper must name a setting of the paper for each student")
     if type(plan.cycles) is not int or plan.cycles < 1:
         raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
 
@@ -113,6 +120,12 @@ def _check_students(plan: Plan, where: str) -> None:
     names = [student.name for student in plan.students]
     if len(set(names)) < len(names) or any(Path(name).name != name or name == ".." for name in names):
         raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
+    if ENSEMBLE in names:
+        raise InputError(f"{where}: a student cannot be called {ENSEMBLE!r}, which is the mean of all")
+    for name, setting in plan.paper.items():
+        if name not in (*names, ENSEMBLE):
+            raise InputError(f"{where}: {DRIVER}.paper: no student {name!r}")
+        check_setting(setting, f"{where}: {DRIVER}.paper")
     for student in plan.students:
         if not (student.cross_encoder_plm or student.plm):
             raise InputError(f"{where}: student {student.name}: no plm")
@@ -143,7 +156,7 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
 
 def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
-    columns = parse_stage("score_pairs", argv=_stand_ins("score_pairs", recipe_path)).columns
+    columns = parse_stage("score_pairs", argv=_stand_ins("score_pairs", recipe_path, len(plan.students))).columns
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
@@ -163,7 +176,7 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
 def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:
     """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
     for stage in STAGES:
-        words = _stand_ins(stage, recipe_path) + as_options(getattr(student, stage, {}))
+        words = _stand_ins(stage, recipe_path, len(plan.students)) + as_options(getattr(student, stage, {}))
         arguments = parse_stage(
             stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
         )
@@ -174,30 +187,46 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             count_pieces(rows * (2 if getattr(arguments, "swap", False) else 1), arguments, 1)
 
 
-def _stand_ins(stage: str, recipe_path: str) -> list[str]:
-    """Words for a stage's parser with its required options in place, whatever they are."""
-    required = {"score_pairs": "--encoders x --pairs x --output x", "evaluate_encoders": "--encoders x --tasks x"}
+def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
+    """Words for a stage's parser with its required options in place; an encoder for each student."""
+    encoders = "--encoders" + " x" * students
+    required = {"score_pairs": f"{encoders} --pairs x --output x", "evaluate_encoders": f"{encoders} --tasks x"}
     training = "--model_name_or_path x " + ("--sentences x" if stage == "train_contrastive" else "--scores x")
     words = required.get(stage, training) + ("" if stage == "score_pairs" else " --output_dir x")
     return ["--recipe", recipe_path, *words.split()]
 
 
-def resolve_recipe(path: str, plm: str | None = None, seed: int | None = None) -> dict[str, Any]:
+def resolve_recipe(
+    path: str, models: dict[str, list[str]] | None = None, seed: int | None = None, data_dir: str | None = None
+) -> dict[str, Any]:
     """A recipe with the driver's own flags worked in.
 
     Args:
-        plm: takes the place of the only student's language model.
+        models: "plm" and "bi_encoder" -> models in place of the recipe's, each [NAME=]MODEL.
         seed: of every stage.
+        data_dir: folder of the registered tasks and pools.
     """
     recipe = read_recipe(path)
     if seed is not None:
         recipe["common"] = {**recipe.get("common", {}), "seed": seed}
-    if plm is not None:
-        students = (recipe.get(DRIVER) or {}).get("students")
-        if not isinstance(students, list) or len(students) != 1 or not isinstance(students[0], dict):
-            raise InputError(f"--plm: {path} does not have just one student; set its models there")
-        students[0]["plm"] = plm
+    if data_dir is not None:
+        recipe[DRIVER] = {**recipe.get(DRIVER, {}), "data_dir": data_dir}
+    for key, values in (models or {}).items():
+        for value in values:
+            _set_model(recipe, path, key, value)
     return recipe
+
+
+def _set_model(recipe: dict[str, Any], path: str, key: str, value: str) -> None:
+    """Work `--plm [NAME=]MODEL` or `--bi_encoder [NAME=]MODEL` in."""
+    students = recipe.get(DRIVER, {}).get("students")
+    students = [item for item in students if isinstance(item, dict)] if isinstance(students, list) else []
+    name, _, model = value.rpartition("=")
+    chosen = [student for student in students if student.get("name") == name] if name else students
+    if len(chosen) != 1:
+        names = ", ".join(str(student.get("name")) for student in students)
+        raise InputError(f"--{key} {value}: {path} has the students {names}; give NAME=MODEL for one of them")
+    chosen[0][key] = model
 
 
 def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
@@ -255,5 +284,6 @@ def to_shell(plan: Plan) -> str:
             array("TASKS", ([plan.dev] if plan.dev else []) + plan.tasks),
             array("DATA", data),
             array("DEV", dev + data),
+            array("ENSEMBLES", ["--with_ensembles=True"] if len(plan.students) > 1 else []),
         ]
     )

@@ -121,6 +121,7 @@ def score_with(
     batch_tokens: int,
     pooling: str | None = None,
     both_orders: bool = False,
+    weights: list[float] | None = None,
 ) -> list[np.ndarray]:
     """Mean scores of several encoders, loaded one after another. This mean is all there is to mutual distillation.
 
@@ -128,19 +129,21 @@ def score_with(
         names: folders or Hub ids of bi- and cross-encoders.
         sets: sets of pairs.
         both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
+        weights: of the encoders in the mean, in any unit; equal by default.
     Returns:
         For each set, float32 [pairs].
     """
     totals = [np.zeros(len(pairs)) for pairs in sets]
-    for name in names:
+    shares = np.ones(len(names)) if weights is None else np.asarray(weights)
+    for name, share in zip(names, shares / shares.sum(), strict=True):
         encoder = load_encoder(name, pooling).to(accelerator.device)
         for total, pairs in zip(totals, sets, strict=True):
             orders = [pairs, turned(pairs)] if both_orders and encoder.kind == "cross" else [pairs]
             for order in orders:
                 prepared = PreparedPairs(encoder, order)
                 title = f"Scoring with {Path(name).name}"
-                total += score_prepared(encoder, prepared, accelerator, batch_tokens, title) / len(orders)
-    return [(total / len(names)).astype(np.float32) for total in totals]
+                total += share / len(orders) * score_prepared(encoder, prepared, accelerator, batch_tokens, title)
+    return [total.astype(np.float32) for total in totals]
 
 
 def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts: dict[str, Any]) -> None:
@@ -216,7 +219,9 @@ def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerato
     if arguments.scores:
         return pairs
     path = Path(arguments.output_dir) / "teacher-scores.parquet"
-    score_to_file(arguments.teachers, pairs, path, accelerator, arguments.eval_batch_tokens)
+    score_to_file(
+        arguments.teachers, pairs, path, accelerator, arguments.eval_batch_tokens, weights=arguments.teacher_weights
+    )
     return read_pairs([str(path)], "score")
 
 
@@ -229,9 +234,10 @@ def score_to_file(
     pooling: str | None = None,
     both_orders: bool = False,
     facts: dict[str, Any] | None = None,
+    weights: list[float] | None = None,
 ) -> np.ndarray:
     """Score `pairs` with the mean of the encoders, write `path` from the first process, and return the scores."""
-    (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling, both_orders)
+    (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling, both_orders, weights)
     if accelerator.is_main_process:
         write_scores(path, pairs, scores, {**(facts or {"encoders": names}), "world_size": accelerator.num_processes})
     accelerator.wait_for_everyone()

@@ -11,34 +11,38 @@ import numpy as np
 
 from transencoder.arguments import read_recipe
 from transencoder.errors import InputError
-from transencoder.evaluation import PRIMARY, markdown_table
+from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
 from transencoder.files import write_folder
-from transencoder.plan import Student, load_plan
+from transencoder.paper import row_of
+from transencoder.plan import ENSEMBLE, Student, load_plan
 from transencoder.tasks import title
 
 
 @dataclass
 class Round:
-    """One encoder of the run and what it measured.
+    """One encoder of the run, or the mean of several, and what it measured.
 
     Args:
         cycle: 0 for the start.
-        kind: "bi" or "cross".
-        student: name of its language model in the run.
-        path: its folder.
+        kind: "bi", "cross", or "bi+cross" for an ensemble of both.
+        student: name of its language model in the run, or ENSEMBLE.
+        path: its folder; None for an ensemble.
         values: task title -> primary metric x 100.
+        paper: row of the paper's tables that it is to be compared with.
     """
 
     cycle: int
     kind: str
     student: str
-    path: str
+    path: str | None
     values: dict[str, float]
+    paper: str | None = None
 
     @property
     def step(self) -> str:
         """As the table and the plot's axis call it."""
-        return f"cycle {self.cycle}, {self.kind}-encoder" if self.cycle else "start, bi-encoder"
+        kind = "bi- and cross-encoder" if self.kind == "bi+cross" else f"{self.kind}-encoder"
+        return f"cycle {self.cycle}, {kind}" if self.cycle else f"start, {kind}"
 
 
 def collect_rounds(run: Path) -> list[Round]:
@@ -57,6 +61,10 @@ def collect_rounds(run: Path) -> list[Round]:
         for kind in ("cross", "bi") if cycle else ("bi",):
             for student in plan.students:
                 rounds.append(_round(run, cycle, kind, student, results))
+        rounds += _ensembles(cycle, results)
+    for round_ in rounds:
+        setting = plan.paper.get(round_.student)
+        round_.paper = row_of(setting, round_.kind, at_start=not round_.cycle) if setting else None
     return rounds
 
 
@@ -64,13 +72,32 @@ def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dic
     """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
     inside = f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
     ready = student.bi_encoder if not cycle else None
-    values = {
+    own = [
+        entry
+        for entry in results
+        if len(entry["encoders"]) == 1
+        and (entry["encoders"] == [ready] if ready else entry["encoders"][0].endswith(inside))
+    ]
+    return Round(cycle, kind, student.name, ready or str(run / inside), _values(own))
+
+
+def _ensembles(cycle: int, results: list[dict[str, Any]]) -> list[Round]:
+    """The means of several encoders, where they were measured."""
+    several = [entry for entry in results if len(entry["encoders"]) > 1]
+    kinds = dict.fromkeys(entry["kind"] for entry in several)
+    return [
+        Round(cycle, kind, ENSEMBLE, None, _values([entry for entry in several if entry["kind"] == kind]))
+        for kind in kinds
+    ]
+
+
+def _values(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Task title -> primary metric."""
+    return {
         title(entry["task"], entry["split"]): math.nan if entry["value"] is None else entry["value"]
         for entry in results
         if entry["metric"] in PRIMARY
-        and (entry["encoders"] == [ready] if ready else entry["encoders"][0].endswith(inside))
     }
-    return Round(cycle, kind, student.name, ready or str(run / inside), values)
 
 
 def tests_of(rounds: list[Round]) -> list[str]:
@@ -103,6 +130,7 @@ def summary_table(runs: list[list[Round]]) -> str:
             columns.append([float(np.mean([r.values[name] for name in tests])) for r in same])
         label = f"{same[0].step} ({same[0].student})" if several else same[0].step
         rows.append([label, *map(_mean_and_deviation, columns)])
+        rows += paper_rows(same[0].paper, names, tests) if same[0].paper else []
     return markdown_table(["encoder", *names, *(["mean of tests"] if len(tests) > 1 else [])], rows)
 
 
@@ -113,7 +141,7 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 def best_round(rounds: list[Round], kind: str) -> Round:
     """The encoder with the best dev score, the start included; without a dev set that of the last cycle."""
-    dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind]
+    dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind and r.path]
     if dev is None:
         return next(r for r in candidates if r.cycle == candidates[-1].cycle)
     return max(candidates, key=lambda r: -math.inf if math.isnan(r.values[dev]) else r.values[dev])
@@ -141,7 +169,7 @@ def plot_progress(path: Path, rounds: list[Round]) -> None:
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot as plt
 
-    students = list(dict.fromkeys(r.student for r in rounds))
+    students = list(dict.fromkeys(r.student for r in rounds if r.path))
     figure, axes = plt.subplots(
         1, len(students), figsize=(1.5 + 4.5 * len(students), 4), sharey=True, squeeze=False, layout="constrained"
     )

@@ -72,6 +72,13 @@ TASKS = {
     "mrpc": Source("nyu-mll/glue", config="mrpc", splits=GLUE_SPLITS, gold="label"),
 }
 
+# Names that stand for several tasks, in the order of the paper's tables.
+GROUPS = {
+    "sts": ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb"),
+    "sts_sickr": ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "sickr"),
+    "binary": ("qqp", "qnli", "mrpc"),
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -94,6 +101,11 @@ class Task:
         return title(self.name, self.split)
 
 
+def expand_groups(specs: list[str]) -> list[str]:
+    """Groups of tasks by their members, each once: ["sts", "mine=a.tsv"] -> ["sts12", ..., "stsb", "mine=a.tsv"]."""
+    return list(dict.fromkeys(name for spec in specs for name in GROUPS.get(spec, (spec,))))
+
+
 def title(name: str, split: str) -> str:
     """ "stsb" for the test split, "stsb.dev" for another."""
     return name if split == "test" else f"{name}.{split}"
@@ -114,7 +126,8 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
         return _local_task(name, split, data_dir) if data_dir else _hub_task(name, split)
     if not Path(path).exists() and not is_hub_id(path):
         raise InputError(
-            f"{spec}: neither a file nor a task; tasks: {', '.join(TASKS)} (stsb.dev names another split)"
+            f"{spec}: neither a file nor a task; tasks: {', '.join(TASKS)} (stsb.dev names another split); "
+            f"groups: {', '.join(GROUPS)}"
         )
     gold = "label" if "label" in _names(path, columns) else "score"
     return Task(name, split, read_pairs([path], gold, columns), gold)
