@@ -17,7 +17,7 @@ from transencoder.data import PairInputs
 from transencoder.encoders import CrossEncoder, check_language_model
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
-from transencoder.losses import bce_targets, soft_bce
+from transencoder.losses import bce_targets, rescaled, soft_bce
 from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.tasks import load_dev
@@ -42,7 +42,7 @@ def main() -> None:
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
     encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
     rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, arguments.swap)
-    rows.scores = bce_targets(rows.scores, arguments.negatives)
+    rows.scores = bce_targets(rescaled(rows.scores, arguments.rescale), arguments.negatives)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         return soft_bce(model(**batch["inputs"]), batch["scores"])

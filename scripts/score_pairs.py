@@ -39,6 +39,7 @@ def main() -> None:
         arguments.eval_batch_tokens,
         arguments.pooling,
         arguments.both_orders,
+        arguments.lexical_weight,
         facts,
         arguments.teacher_weights,
     )

@@ -65,6 +65,10 @@ class TrainingArguments(ReportArguments, StageArguments):
     warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.0)
     weight_decay: float = option("AdamW weight decay (not on biases and norms).", 0.01)
     max_grad_norm: float = option("Gradient clipping.", 1.0)
+    ema_decay: float | None = option(
+        "Measure and keep a running mean of the weights, with this weight of the mean so far in each step (0.99).",
+        None,
+    )
     max_length: int = option("Most tokens of one input; the rest is cut off.", 64)
     dropout: float | None = option("Dropout of the encoder. Default: what its configuration says.", None)
     length_window: int = option(
@@ -137,6 +141,11 @@ class LabelArguments:
     teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs.", None)
     teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
+    rescale: Literal["none", "minmax", "rank", "logistic"] = option(
+        "Scores before they become targets. minmax: lowest to 0, highest to 1; rank: even steps from 0 to 1; "
+        "logistic: sigmoid of twice the standard score.",
+        "none",
+    )
 
     def __post_init__(self) -> None:
         if bool(self.scores) == bool(self.teachers):
@@ -183,6 +192,9 @@ class ScoringArguments(StageArguments):
     output: str = option("Parquet file to write: sentence1, sentence2, score, in the order of the input.")
     both_orders: bool = option(
         "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
+    )
+    lexical_weight: float = option(
+        "Share of the pairs' TF-IDF cosine (character n-grams) in the score; the encoders' mean has the rest.", 0.0
     )
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
     teacher_weights: list[float] | None = option("Weights of the encoders in the mean. Default: equal.", None)
@@ -237,6 +249,8 @@ LIMITS = {
     "dropout": (0, 1),
     "drophead": (0, 1),
     "weight_decay": (0, None),
+    "ema_decay": (0, 1),
+    "lexical_weight": (0, 1),
 }
 POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
+from scipy import special, stats
 
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -44,6 +45,24 @@ def bce_targets(scores: np.ndarray, negatives: str) -> np.ndarray:
         lowest = min(float(scores.min()), 0.0)
         scores = (scores - lowest) / (1.0 - lowest)
     return scores.clip(0.0, 1.0)
+
+
+def rescaled(scores: np.ndarray, how: str) -> np.ndarray:
+    """A teacher's scores on another scale, in the same order: its range is often narrow, and its middle arbitrary.
+
+    Args:
+        scores: float [n].
+        how: "none"; "minmax": linear, lowest to 0, highest to 1; "rank": even steps from 0 to 1, equal scores sharing
+            their mean rank; "logistic": sigmoid of twice the standard score, so that about 95 % lie in 0.02 ... 0.98.
+    """
+    spread = np.ptp(scores)
+    if how == "none" or spread == 0:
+        return scores
+    if how == "minmax":
+        return (scores - scores.min()) / spread
+    if how == "rank":
+        return ((stats.rankdata(scores) - 1) / (len(scores) - 1)).astype(scores.dtype)
+    return special.expit(2 * (scores - scores.mean()) / scores.std())
 
 
 def soft_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
 from transencoder.errors import InputError
 from transencoder.files import difference
+from transencoder.lexical import lexical_scores
 from transencoder.runtime import progress_bar
 from transencoder.tables import PAIRS, SENTENCES, read_pairs
 
@@ -233,11 +234,19 @@ def score_to_file(
     batch_tokens: int,
     pooling: str | None = None,
     both_orders: bool = False,
+    lexical_weight: float = 0.0,
     facts: dict[str, Any] | None = None,
     weights: list[float] | None = None,
 ) -> np.ndarray:
-    """Score `pairs` with the mean of the encoders, write `path` from the first process, and return the scores."""
+    """Score `pairs` with the mean of the encoders, write `path` from the first process, and return the scores.
+
+    Args:
+        lexical_weight: share of `lexical_scores` in the score.
+        weights: of the encoders in their mean; equal by default.
+    """
     (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling, both_orders, weights)
+    if lexical_weight:
+        scores = (1 - lexical_weight) * scores + lexical_weight * lexical_scores(pairs)
     if accelerator.is_main_process:
         write_scores(path, pairs, scores, {**(facts or {"encoders": names}), "world_size": accelerator.num_processes})
     accelerator.wait_for_everyone()

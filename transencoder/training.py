@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from transencoder.arguments import TrainingArguments, parse_stage
+from transencoder.averaging import WeightAverage
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
@@ -151,6 +153,7 @@ class Trainer:
         self.model, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
             encoder, optimizer, scheduler, make_loader(rows, self.sampler)
         )
+        self.average = WeightAverage(self.model, arguments.ema_decay) if arguments.ema_decay else None
         set_seed(arguments.seed, device_specific=True)  # each process its own dropout
         self.progress = Progress()
         self.loss_sum = torch.zeros((), device=accelerator.device)  # since the last evaluation; stays on the device
@@ -169,7 +172,8 @@ class Trainer:
                     continue
                 if self.is_time_to_evaluate():
                     pause = time.perf_counter()
-                    self.evaluate()
+                    with self.average.in_place() if self.average else nullcontext():
+                        self.evaluate()
                     evaluating += time.perf_counter() - pause
                 if self.progress.step == self.total_steps:
                     break
@@ -193,6 +197,8 @@ class Trainer:
         self.loss_count += 1
         if not accelerator.sync_gradients:
             return False
+        if self.average is not None:
+            self.average.update()
         self.progress.step += 1
         self.bar.update()
         if self.progress.step % LOG_STEPS == 0:
@@ -247,7 +253,8 @@ class Trainer:
         if self.keep_best and not self.progress.best_step:
             raise FloatingPointError("the model gave every dev pair the same score; lower --learning_rate")
         if not self.keep_best:
-            self.save()
+            with self.average.in_place() if self.average else nullcontext():
+                self.save()
         if self.accelerator.is_main_process:
             output = Path(self.arguments.output_dir)
             move_model(self.kept, output)
