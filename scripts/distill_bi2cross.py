@@ -20,6 +20,7 @@ from transencoder.files import write_run
 from transencoder.losses import bce_targets, rescaled, soft_bce
 from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
+from transencoder.selection import hold_out, training_rows
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, begin, count_pieces, finish, train
 
@@ -33,12 +34,12 @@ def main() -> None:
     check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments)
-    examples = len(pairs) * (2 if arguments.swap else 1)
+    examples = training_rows(len(pairs), arguments) * (2 if arguments.swap else 1)
     count_pieces(examples, arguments, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running")
 
-    labels = pseudo_labels(arguments, pairs, accelerator)
+    labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
     encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
     rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, arguments.swap)
@@ -47,7 +48,7 @@ def main() -> None:
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         return soft_bce(model(**batch["inputs"]), batch["scores"])
 
-    facts = train(accelerator, encoder, rows, loss_of, arguments, dev)
+    facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, facts)
 
 

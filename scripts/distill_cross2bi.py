@@ -19,6 +19,7 @@ from transencoder.files import write_run
 from transencoder.losses import cosine_mse, rescaled
 from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
+from transencoder.selection import hold_out, training_rows
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, begin, count_pieces, finish, train
 
@@ -32,11 +33,12 @@ def main() -> None:
     check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments)
-    count_pieces(len(pairs), arguments, accelerator.num_processes)
-    log(f"{len(pairs)} pairs")
+    examples = training_rows(len(pairs), arguments)
+    count_pieces(examples, arguments, accelerator.num_processes)
+    log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running")
 
-    labels = pseudo_labels(arguments, pairs, accelerator)
+    labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     encoder = BiEncoder.from_pretrained(
         arguments.model_name_or_path, arguments.pooling, arguments.max_length, arguments.dropout
     )
@@ -47,7 +49,7 @@ def main() -> None:
         first, second = model(**batch["inputs"]).chunk(2)
         return cosine_mse(first, second, batch["scores"])
 
-    facts = train(accelerator, encoder, rows, loss_of, arguments, dev)
+    facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, facts)
 
 

@@ -99,6 +99,15 @@ stage() {
   echo "[$done_count/$total] $title: $((SECONDS - started)) s" >&2
 }
 
+# adds_nothing CYCLE: whether its labels are, but for the recipe's stop_at, those of the cycle before.
+adds_nothing() {
+  [[ $STOP_AT && ! $dry ]] && (($1 > 1)) || return
+  local agreement
+  agreement=$(python "$here/compare_scores.py" "$run/cycle-$(($1 - 1))/bi-scores.parquet" "$run/cycle-$1/bi-scores.parquet") || exit $?
+  awk -v a="$agreement" -v b="$STOP_AT" 'BEGIN { exit !(a >= b) }' || return
+  echo "The labels of cycle $1 agree with those of cycle $(($1 - 1)) by $agreement (stop_at $STOP_AT): the loop ends." >&2
+}
+
 # Step 1: one bi-encoder for each student, unless the recipe names a ready one.
 bi=()
 for i in "${!NAMES[@]}"; do
@@ -121,6 +130,7 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   # Step 2: the bi-encoders' mean score labels the pairs; each student's cross-encoder starts from its raw language model.
   stage "cycle $cycle: label with the bi-encoder" "$folder/bi-scores.parquet" score_pairs.py --encoders "${bi[@]}" \
     --pairs "${PAIRS[@]}" --drop_duplicates --output "$folder/bi-scores.parquet"
+  adds_nothing "$cycle" && break
   for i in "${!NAMES[@]}"; do
     eval "options=(${CROSS_OPTIONS[i]})"
     cross+=("$folder/cross-encoder/${NAMES[i]}")

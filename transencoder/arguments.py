@@ -79,8 +79,10 @@ class TrainingArguments(ReportArguments, StageArguments):
         "Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None
     )
     eval_steps: int = option("Dev evaluation every this many steps, and at each epoch's end.", 200)
-    select_by: Literal["dev", "last"] | None = option(
-        "Which checkpoint is kept: the best on --dev, or the last. Default: dev when --dev is given.", None
+    select_by: Literal["dev", "agreement", "last"] | None = option(
+        "Which checkpoint is kept: the best on --dev; the one whose scores of held-out pairs agree best with the "
+        "teacher's (Spearman; not in step 1); or the last. Default: dev when --dev is given, else last.",
+        None,
     )
 
 
@@ -141,6 +143,7 @@ class LabelArguments:
     teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs.", None)
     teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
+    num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500)
     rescale: Literal["none", "minmax", "rank", "logistic"] = option(
         "Scores before they become targets. minmax: lowest to 0, highest to 1; rank: even steps from 0 to 1; "
         "logistic: sigmoid of twice the standard score.",
@@ -243,6 +246,7 @@ LIMITS = {
     "length_window": (1, None),
     "mask_characters": (1, None),
     "num_sentences": (2, None),
+    "num_held_out": (2, None),
     "max_length": (3, None),
     "seed": (0, 2**32 - 1),
     "warmup_ratio": (0, 1),

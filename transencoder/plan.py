@@ -14,9 +14,10 @@ from transencoder.errors import InputError
 from transencoder.files import difference, write_text
 from transencoder.paper import check_setting
 from transencoder.runtime import trackers
+from transencoder.selection import select_by, training_rows
 from transencoder.tables import read_pairs, read_sentences
 from transencoder.tasks import expand_groups, load_task, parse_spec, title
-from transencoder.training import count_pieces, select_by
+from transencoder.training import count_pieces
 
 ENSEMBLE = "ensemble"  # what tables call the mean of the students
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
@@ -56,6 +57,7 @@ class Plan:
         data_dir: folder of the registered tasks.
         cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
         paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
+        stop_at: no further cycle once its labels agree with those of the cycle before so much (Spearman, 0 to 1).
     """
 
     students: list[Student]
@@ -66,6 +68,7 @@ class Plan:
     data_dir: str | None = None
     cycles: int = 3
     paper: dict[str, str] = dataclasses.field(default_factory=dict)
+    stop_at: float | None = None
 
 
 def load_plan(recipe: dict[str, Any], where: str) -> Plan:
@@ -113,6 +116,8 @@ def _check_kinds(plan: Plan, where: str) -> None:
         raise InputError(f"{where}: {DRIVER}.paper must name a setting of the paper for each student")
     if type(plan.cycles) is not int or plan.cycles < 1:
         raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
+    if plan.stop_at is not None and not (type(plan.stop_at) in (int, float) and 0 < plan.stop_at <= 1):
+        raise InputError(f"{where}: {DRIVER}.stop_at must be a number above 0, at most 1")
 
 
 def _check_students(plan: Plan, where: str) -> None:
@@ -183,7 +188,8 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
         trackers(getattr(arguments, "report_to", "none"))
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
             select_by(arguments)
-            rows = min(sentences, arguments.num_sentences or sentences) if stage == "train_contrastive" else pairs
+            rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
+            rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
             count_pieces(rows * (2 if getattr(arguments, "swap", False) else 1), arguments, 1)
 
 
@@ -233,7 +239,7 @@ def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
     """Write the resolved recipe into the run's folder, which makes the folder this recipe's.
 
     Raises:
-        InputError: the folder is another recipe's (but for the number of cycles, which may change).
+        InputError: the folder is another recipe's (but for the number of cycles and where to stop, which may change).
     """
     path = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
@@ -254,7 +260,8 @@ def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     values = {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
-    values.pop(f"{DRIVER}.cycles", None)
+    for name in ("cycles", "stop_at"):
+        values.pop(f"{DRIVER}.{name}", None)
     return values
 
 
@@ -272,6 +279,7 @@ def to_shell(plan: Plan) -> str:
     return "\n".join(
         [
             f"CYCLES={plan.cycles}",
+            f"STOP_AT={plan.stop_at or ''}",
             array("NAMES", [student.name for student in plan.students]),
             array("STEP1_PLMS", [student.plm or "" for student in plan.students]),
             array("CROSS_PLMS", [student.cross_encoder_plm or student.plm for student in plan.students]),

@@ -15,6 +15,7 @@ from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
 from transencoder.files import write_folder
 from transencoder.paper import row_of
 from transencoder.plan import ENSEMBLE, Student, load_plan
+from transencoder.selection import stopped_before
 from transencoder.tasks import title
 
 
@@ -55,6 +56,8 @@ def collect_rounds(run: Path) -> list[Round]:
     rounds: list[Round] = []
     for cycle in range(plan.cycles + 1):
         folder = run / f"cycle-{cycle}" if cycle else run / "start"
+        if stopped_before(run, cycle, plan.stop_at):
+            break
         if not (folder / "results.json").is_file():
             raise InputError(f"{folder}: no results.json; run_transencoder.sh has not finished there")
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from transencoder.errors import InputError
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
 from transencoder.runtime import as_plain, log, progress_bar, start
+from transencoder.selection import select_by
 from transencoder.tasks import Task
 
 LOG_STEPS = 10
@@ -37,8 +38,8 @@ class Progress:
     """How far a run is, and what it has seen.
 
     Args:
-        history: one entry for each evaluation: step, epoch, loss (mean since the last entry), dev (x 100, if there is
-            one).
+        history: one entry for each evaluation: step, epoch, loss (mean since the last entry), dev and agreement (x
+            100, where there are such pairs).
     """
 
     step: int = 0
@@ -68,13 +69,6 @@ def count_pieces(rows: int, arguments: TrainingArguments, num_processes: int) ->
     return pieces
 
 
-def select_by(arguments: TrainingArguments) -> str:
-    """ "dev" or "last"; raises `InputError` for a choice by dev without a dev set."""
-    if arguments.select_by == "dev" and not arguments.dev:
-        raise InputError("--select_by dev: needs labelled pairs, --dev FILE")
-    return arguments.select_by or ("dev" if arguments.dev else "last")
-
-
 def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
     """Read the arguments of a training stage, check its output folder, and start Accelerate.
 
@@ -99,7 +93,8 @@ def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, f
     if accelerator.is_main_process:
         write_run(arguments, stage, "complete", **facts)
     kept = f"step {facts['kept_step']} of {facts['steps']}"
-    score = f", dev {facts['dev_metric']} {facts['dev']:.2f}" if "dev" in facts else ""
+    by = next((name for name in ("dev", "agreement") if name in facts), None)
+    score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
     log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
 
 
@@ -110,17 +105,19 @@ def train(
     loss_of: LossFunction,
     arguments: TrainingArguments,
     dev: Task | None,
+    held_out: Task | None = None,
 ) -> dict[str, Any]:
     """Train `encoder` and leave the kept checkpoint in `arguments.output_dir`.
 
     Args:
         rows: gives whole batches by `__getitems__`, and has `lengths`.
         loss_of: the model as Accelerate prepared it, and a batch -> mean loss over this process's part of the batch.
-        dev: labelled pairs to choose the checkpoint on; None keeps the last.
+        dev: labelled pairs, measured at every evaluation.
+        held_out: pairs with the teacher's scores, the same; what chooses the checkpoint is `arguments.select_by`.
     Returns:
         What happened, for run.json: steps, kept step, its dev score, the history, examples per second.
     """
-    return Trainer(accelerator, encoder, rows, loss_of, arguments, dev).run()
+    return Trainer(accelerator, encoder, rows, loss_of, arguments, dev, held_out).run()
 
 
 class Trainer:
@@ -134,10 +131,16 @@ class Trainer:
         loss_of: LossFunction,
         arguments: TrainingArguments,
         dev: Task | None,
+        held_out: Task | None = None,
     ):
         self.accelerator, self.rows, self.loss_of, self.arguments = accelerator, rows, loss_of, arguments
-        self.dev = DevSet(dev, encoder, accelerator, arguments.eval_batch_tokens) if dev else None
-        self.keep_best = dev is not None and select_by(arguments) == "dev"
+        self.sets = {
+            name: DevSet(task, encoder, accelerator, arguments.eval_batch_tokens)
+            for name, task in (("dev", dev), ("agreement", held_out))
+            if task is not None
+        }
+        self.select_by = select_by(arguments)
+        self.keep_best = self.select_by in self.sets
         self.kept = Path(arguments.output_dir) / "checkpoints" / "best"
         self.pieces = count_pieces(len(rows.lengths), arguments, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = self.pieces
@@ -230,14 +233,16 @@ class Trainer:
         self.loss_sum.zero_()
         self.loss_count = 0
         entry = {"step": progress.step, "epoch": round(progress.step / self.sampler.batches, 3), "loss": mean}
-        if self.dev is not None:
-            entry["dev"] = self.dev.score(self.model)  # None if every pair got the same score
-            self.accelerator.log({f"dev/{self.dev.metric}": entry["dev"]}, step=progress.step)
+        shown = ""
+        for name, measured in self.sets.items():
+            entry[name] = measured.score(self.model)  # None if every pair got the same score
+            self.accelerator.log({f"{name}/{measured.metric}": entry[name]}, step=progress.step)
+            shown += f", {name} {measured.metric} {shown_value(entry[name])}"
         progress.history.append(entry)
-        shown = f", dev {self.dev.metric} {shown_value(entry['dev'])}" if self.dev is not None else ""
         log(f"step {progress.step}/{self.total_steps}: loss {mean:.4f}{shown}")
-        if self.keep_best and entry["dev"] is not None and entry["dev"] > progress.best:
-            progress.best, progress.best_step = entry["dev"], progress.step
+        value = entry.get(self.select_by)
+        if value is not None and value > progress.best:
+            progress.best, progress.best_step = value, progress.step
             self.save()
 
     def save(self) -> None:
@@ -251,7 +256,9 @@ class Trainer:
     def finish(self) -> None:
         """Move the kept checkpoint to where it belongs."""
         if self.keep_best and not self.progress.best_step:
-            raise FloatingPointError("the model gave every dev pair the same score; lower --learning_rate")
+            raise FloatingPointError(
+                f"the model gave every {self.select_by} pair the same score; lower --learning_rate"
+            )
         if not self.keep_best:
             with self.average.in_place() if self.average else nullcontext():
                 self.save()
@@ -265,7 +272,9 @@ class Trainer:
     def facts(self, seconds: float) -> dict[str, Any]:
         """What happened, for run.json."""
         progress = self.progress
-        best = dict(dev=progress.best, dev_metric=self.dev.metric) if self.keep_best else {}
+        best = {}
+        if self.keep_best:
+            best = {self.select_by: progress.best, f"{self.select_by}_metric": self.sets[self.select_by].metric}
         return dict(
             kept_step=progress.best_step if self.keep_best else self.total_steps,
             **best,

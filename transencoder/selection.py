@@ -1,0 +1,90 @@
+"""What is kept, with labels or without: the checkpoint that is best on labelled pairs, that agrees best with its teacher,
+or the last; and of the cycles those before the labels stop changing.
+"""
+
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import stats
+
+from transencoder.arguments import LabelArguments, TrainingArguments
+from transencoder.errors import InputError
+from transencoder.tables import PAIRS
+from transencoder.tasks import Task
+
+
+def select_by(arguments: TrainingArguments) -> str:
+    """ "dev", "agreement" or "last"; raises `InputError` for a choice by what is not there."""
+    if arguments.select_by == "dev" and not arguments.dev:
+        raise InputError("--select_by dev: needs labelled pairs, --dev FILE")
+    if arguments.select_by == "agreement" and not isinstance(arguments, LabelArguments):
+        raise InputError("--select_by agreement: not in step 1, which has no teacher to agree with; use last")
+    return arguments.select_by or ("dev" if arguments.dev else "last")
+
+
+def training_rows(rows: int, arguments: TrainingArguments) -> int:
+    """How many of `rows` pairs are left to train on once the held-out ones are taken away.
+
+    Raises:
+        InputError: fewer than two, or more than half of the pairs would be held out.
+    """
+    if select_by(arguments) != "agreement":
+        return rows
+    held_out = arguments.num_held_out
+    if 2 * held_out > rows:
+        raise InputError(f"--num_held_out {held_out}: more than half of the {rows} pairs")
+    return rows - held_out
+
+
+def hold_out(labels: datasets.Dataset, arguments: TrainingArguments) -> tuple[datasets.Dataset, Task | None]:
+    """Take a random sample of the scored pairs out of training, where the checkpoint is chosen by agreement.
+
+    Args:
+        labels: columns sentence1, sentence2 and score, the teacher's.
+    Returns:
+        The pairs to train on, and the held-out ones as a task whose gold values are the teacher's scores: a student's
+        Spearman correlation on it is its agreement with the teacher. None where nothing is held out.
+    """
+    size = len(labels) - training_rows(len(labels), arguments)
+    if not size:
+        return labels, None
+    order = np.random.default_rng(arguments.seed).permutation(len(labels))
+    held_out = labels.select(np.sort(order[:size]))
+    return labels.select(np.sort(order[size:])), Task("agreement", "held-out", held_out, "score")
+
+
+def agreement(first: Path, second: Path) -> float:
+    """Spearman's rho, -1 to 1, between two files of scores of the same pairs; NaN where one has a single score.
+
+    Raises:
+        InputError: a file that is not one of scores, or files of different pairs.
+    """
+    tables = [_read_scores(path) for path in (first, second)]
+    if any(tables[0][name] != tables[1][name] for name in PAIRS):
+        raise InputError(f"{second}: not the pairs of {first}, in the same order")
+    scores = [table["score"].to_numpy() for table in tables]
+    if any(np.ptp(values) == 0 for values in scores):
+        return math.nan
+    return float(stats.spearmanr(*scores).statistic)
+
+
+def _read_scores(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=[*PAIRS, "score"])
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not a file of scores, as score_pairs.py writes them") from error
+
+
+def bi_scores(run: Path, cycle: int) -> Path:
+    """The labels that the driver makes first in a cycle."""
+    return run / f"cycle-{cycle}" / "bi-scores.parquet"
+
+
+def stopped_before(run: Path, cycle: int, stop_at: float | None) -> bool:
+    """Whether the loop ended before `cycle`, because its labels agree with those of the cycle before that much."""
+    files = bi_scores(run, cycle - 1), bi_scores(run, cycle)
+    return stop_at is not None and all(file.is_file() for file in files) and agreement(*files) >= stop_at
