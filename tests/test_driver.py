@@ -53,8 +53,9 @@ def recipe(tiny_bert, second_bert, tiny_roberta, corpus, tmp_path_factory):
             "pairs": str(corpus / "pairs.jsonl"),
             "dev": f"mine.dev={corpus / 'dev.jsonl'}",
             "tasks": [f"mine={corpus / 'test.jsonl'}", f"other={corpus / 'dev.jsonl'}"],
-            "cycles": 1,
             "paper": {"one": "simcse-bert-base/mutual", "ensemble": "simcse-base/mutual"},
+            "cycles": 2,
+            "stop_at": 0.01,  # so that the second cycle makes its labels and goes no further
         },
         "score_pairs": {"teacher_weights": [2, 1]},
         "train_contrastive": {**stage, "pooling": "mean"},
@@ -81,6 +82,7 @@ def test_the_driver_runs_resumes_and_refuses_another_recipe(recipe, second_bert,
     assert json.loads((cycle / "cross-encoder/two/config.json").read_text())["model_type"] == "distilbert"
     assert json.loads((run / "contrastive/one/run.json").read_text())["arguments"]["temperature"] == 0.1
     assert (run / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert "the loop ends" in result.stderr and sorted(os.listdir(run / "cycle-2")) == ["bi-scores.parquet"]
     table = (run / "results.md").read_text()
     assert "start, bi-encoder (one)" in table and "cycle 1, cross-encoder (two)" in table
     assert "mean of tests" in table and "mine.dev" in table
@@ -112,7 +114,7 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
     result = drive("--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run", "--seed", 7)
     assert result.returncode == 0, result.stderr
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
-    assert len(commands) == 10 and not (tmp_path / "run").exists()
+    assert len(commands) == 17 and not (tmp_path / "run").exists()
     for command in commands:
         arguments = parsed(command[2:])
         assert arguments.seed == 7 and arguments.mixed_precision == "no"

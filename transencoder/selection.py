@@ -1,5 +1,5 @@
-"""What is kept, with labels or without: the checkpoint that is best on labelled pairs, that agrees best with its teacher,
-or the last; and of the cycles those before the labels stop changing.
+"""What is kept, with labels or without: the checkpoint that is best on labelled pairs, or that agrees best with its
+teacher, or the last; and of the cycles those before the labels stop changing.
 """
 
 import math
