@@ -14,10 +14,10 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from transencoder.data import PairInputs
-from transencoder.encoders import CrossEncoder, check_language_model
+from transencoder.encoders import CrossEncoder, check_cross_encoder, check_language_model
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
-from transencoder.losses import bce_targets, rescaled, soft_bce
+from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
 from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.selection import hold_out, training_rows
@@ -31,7 +31,7 @@ STAGE = "distill_bi2cross"
 def main() -> None:
     arguments, accelerator = begin(STAGE, __doc__)
 
-    check_language_model(arguments.model_name_or_path)
+    (check_cross_encoder if arguments.carry_over else check_language_model)(arguments.model_name_or_path)
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments)
     examples = training_rows(len(pairs), arguments) * (2 if arguments.swap else 1)
@@ -46,7 +46,7 @@ def main() -> None:
     rows.scores = bce_targets(rescaled(rows.scores, arguments.rescale), arguments.negatives)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-        return soft_bce(model(**batch["inputs"]), batch["scores"])
+        return CROSS_LOSSES[arguments.loss](model(**batch["inputs"]), batch["scores"])
 
     facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, facts)

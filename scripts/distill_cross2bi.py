@@ -16,7 +16,7 @@ from transencoder.data import SentencePairs
 from transencoder.encoders import BiEncoder, check_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
-from transencoder.losses import cosine_mse, rescaled
+from transencoder.losses import BI_LOSSES, rescaled
 from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.selection import hold_out, training_rows
@@ -47,7 +47,7 @@ def main() -> None:
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         first, second = model(**batch["inputs"]).chunk(2)
-        return cosine_mse(first, second, batch["scores"])
+        return BI_LOSSES[arguments.loss](first, second, batch["scores"])
 
     facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, facts)

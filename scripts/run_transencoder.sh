@@ -62,7 +62,7 @@ eval "$plan"
 [[ $dry ]] || recipe=$run/recipe.yaml
 
 students=${#NAMES[@]} done_count=0 redone=""
-total=$((1 + CYCLES * (3 + 2 * students)))
+total=$((1 + CYCLES * (ALTERNATE ? 3 + 2 * students : 2 + students)))
 for ready in "${READY_BI[@]}"; do [[ $ready ]] || total=$((total + 1)); done
 
 # A Parquet file appears when it is whole; a folder says so in run.json, and holds what the stage makes.
@@ -121,6 +121,8 @@ for i in "${!NAMES[@]}"; do
     --sentences "${SENTENCES[@]}" "${DEV[@]}" --output_dir "${bi[i]}" "${options[@]}"
 done
 start=("${bi[@]}")
+# What the students of the next cycle begin with.
+bi_from=("${start[@]}") cross_from=("${CROSS_PLMS[@]}") carry=()
 stage "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
   "${ENSEMBLES[@]}" --output_dir "$run/start"
 
@@ -128,25 +130,31 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   folder=$run/cycle-$cycle cross=()
 
   # Step 2: the bi-encoders' mean score labels the pairs; each student's cross-encoder starts from its raw language model.
+  # Plain self-distillation leaves the cross-encoder out.
   stage "cycle $cycle: label with the bi-encoder" "$folder/bi-scores.parquet" score_pairs.py --encoders "${bi[@]}" \
     --pairs "${PAIRS[@]}" --drop_duplicates --output "$folder/bi-scores.parquet"
   adds_nothing "$cycle" && break
-  for i in "${!NAMES[@]}"; do
-    eval "options=(${CROSS_OPTIONS[i]})"
-    cross+=("$folder/cross-encoder/${NAMES[i]}")
-    stage "cycle $cycle: cross-encoder of ${NAMES[i]}" "${cross[i]}" distill_bi2cross.py "${DEV[@]}" \
-      --model_name_or_path "${CROSS_PLMS[i]}" --scores "$folder/bi-scores.parquet" --output_dir "${cross[i]}" "${options[@]}"
-  done
+  labels=$folder/bi-scores.parquet
+  if [[ $ALTERNATE ]]; then
+    for i in "${!NAMES[@]}"; do
+      eval "options=(${CROSS_OPTIONS[i]})"
+      cross+=("$folder/cross-encoder/${NAMES[i]}")
+      stage "cycle $cycle: cross-encoder of ${NAMES[i]}" "${cross[i]}" distill_bi2cross.py "${DEV[@]}" "${carry[@]}" \
+        --model_name_or_path "${cross_from[i]}" --scores "$labels" --output_dir "${cross[i]}" "${options[@]}"
+    done
+    labels=$folder/cross-scores.parquet
+    stage "cycle $cycle: label with the cross-encoder" "$labels" score_pairs.py --encoders "${cross[@]}" \
+      --pairs "${PAIRS[@]}" --drop_duplicates --output "$labels"
+  fi
 
   # Step 3: the cross-encoders' mean score labels the pairs; each student's bi-encoder starts from its step-1 checkpoint.
-  stage "cycle $cycle: label with the cross-encoder" "$folder/cross-scores.parquet" score_pairs.py \
-    --encoders "${cross[@]}" --pairs "${PAIRS[@]}" --drop_duplicates --output "$folder/cross-scores.parquet"
   for i in "${!NAMES[@]}"; do
     eval "options=(${BI_OPTIONS[i]})"
     bi[i]=$folder/bi-encoder/${NAMES[i]}
     stage "cycle $cycle: bi-encoder of ${NAMES[i]}" "${bi[i]}" distill_cross2bi.py "${DEV[@]}" \
-      --model_name_or_path "${start[i]}" --scores "$folder/cross-scores.parquet" --output_dir "${bi[i]}" "${options[@]}"
+      --model_name_or_path "${bi_from[i]}" --scores "$labels" --output_dir "${bi[i]}" "${options[@]}"
   done
+  if [[ $CARRY_OVER ]]; then bi_from=("${bi[@]}") cross_from=("${cross[@]}") carry=(--carry_over=True); fi
 
   stage "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
     "${DATA[@]}" "${ENSEMBLES[@]}" --output_dir "$folder"

@@ -419,6 +419,8 @@ def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
         (plan_with(paper="simcse-bert-base/self"), "paper must name a setting of the paper for each student"),
         (plan_with(paper={"roberta": "simcse-bert-base/self"}), "paper: no student 'roberta'"),
         (plan_with(paper={"bert": "simcse-bert/self"}), "paper: the paper has no 'simcse-bert/self'; it has: "),
+        (plan_with(student_start="fresh"), "student_start must be refresh or carry_over, not 'fresh'"),
+        (plan_with(alternate="no"), "alternate must be true or false"),
         (plan_with(pairs=None), "needs 'pairs'"),
         (plan_with(tasks=None), "needs 'tasks'"),
         (plan_with(cycle=3), "unknown key 'cycle'"),

@@ -120,6 +120,63 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
         assert arguments.seed == 7 and arguments.mixed_precision == "no"
 
 
+def changed(recipe, path, **changes):
+    """The recipe with other keys of the driver's section, as a file."""
+    content = yaml.safe_load(recipe.read_text())
+    content["run_transencoder"].update(changes)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def dry_run(path, run):
+    """The commands of a recipe: a list of the script's name and a dictionary of its options."""
+    result = drive("--recipe", path, "--output_dir", run, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line)[2:] for line in result.stdout.splitlines()]
+    return [(os.path.basename(words[0]), vars(parsed(words))) for words in commands]
+
+
+def test_students_that_carry_over_begin_with_their_own_weights_from_the_second_cycle_on(recipe, tmp_path):
+    run = tmp_path / "run"
+    fresh = dry_run(changed(recipe, tmp_path / "fresh.yaml", cycles=2), run)
+    carried = dry_run(changed(recipe, tmp_path / "carried.yaml", cycles=2, student_start="carry_over"), run)
+    assert len(fresh) == len(carried) == 17
+    different = {}
+    for (script, one), (other_script, other) in zip(fresh, carried, strict=True):
+        assert script == other_script
+        keys = {key for key in one if one[key] != other[key]} - {"recipe"}
+        if keys:
+            different[os.path.relpath(other["output_dir"], run)] = {key: other[key] for key in keys}
+    assert different == {
+        **{
+            f"cycle-2/cross-encoder/{name}": {
+                "carry_over": True,
+                "model_name_or_path": str(run / "cycle-1" / "cross-encoder" / name),
+            }
+            for name in ("one", "two")
+        },
+        **{
+            f"cycle-2/bi-encoder/{name}": {"model_name_or_path": str(run / "cycle-1" / "bi-encoder" / name)}
+            for name in ("one", "two")
+        },
+    }
+
+
+def test_plain_self_distillation_leaves_the_cross_encoder_out(recipe, tmp_path):
+    run = tmp_path / "run"
+    commands = dry_run(changed(recipe, tmp_path / "plain.yaml", cycles=2, alternate=False), run)
+    scripts = [script.removesuffix(".py") for script, _ in commands]
+    cycle = ["score_pairs", "distill_cross2bi", "distill_cross2bi", "evaluate_encoders"]
+    assert scripts == ["train_contrastive", "train_contrastive", "evaluate_encoders", *cycle, *cycle]
+    students = [arguments for script, arguments in commands if script == "distill_cross2bi.py"]
+    assert [student["scores"] for student in students] == [
+        str(run / f"cycle-{i}" / "bi-scores.parquet") for i in (1, 1, 2, 2)
+    ]
+    assert {student["model_name_or_path"] for student in students} == {
+        str(run / "contrastive" / name) for name in ("one", "two")
+    }
+
+
 def test_several_seeds_are_several_runs(recipe, tmp_path):
     words = ["--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run"]
     result = drive(*words, "--seeds", 3, 5, "--launcher", "accelerate launch --cpu")

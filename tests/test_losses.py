@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from transencoder.losses import bce_targets, cosine_mse, info_nce, soft_bce
+from transencoder.losses import bce_targets, cosine_bce, cosine_mse, info_nce, soft_bce, soft_mse
 
 # --- step 1 ----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +136,23 @@ def test_cosine_mse_moves_the_cosine_towards_the_score():
     up, down = F.cosine_similarity(first.detach() - 0.1 * first.grad, second).tolist()
     assert 0.6 < up < 0.9
     assert 0.3 < down < 0.6
+
+
+# --- ablations -------------------------------------------------------------------------------------------------------
+
+
+def test_soft_mse_of_two_pairs():
+    # Logit 0 against 0.5: 0. Logit 2 against 1: (1 - 0.880797)^2 = 0.0142093. Mean 0.0071047
+    loss = soft_mse(torch.tensor([0.0, 2.0]), torch.tensor([0.5, 1.0]))
+    assert loss.item() == pytest.approx(0.0071047, abs=1e-6)
+
+
+def test_cosine_bce_of_two_pairs():
+    # Cosines 0.6 and 0, scores 1 and 0.5: log(1 + e^-0.6) = 0.437488, log 2 = 0.693147; mean 0.565317
+    first, second = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, 9.0]])
+    assert cosine_bce(first, second, torch.tensor([1.0, 0.5])).item() == pytest.approx(0.565317, abs=1e-5)
+    # A score below 0 counts as 0: log(1 + e^0.6) = 1.037488
+    assert cosine_bce(first[:1], second[:1], torch.tensor([-0.5])).item() == pytest.approx(1.037488, abs=1e-5)
 
 
 # --- all -------------------------------------------------------------------------------------------------------------

@@ -320,6 +320,33 @@ def test_what_is_no_encoder_is_refused(tiny_bert, corpus, tmp_path, run_script):
 
 
 @pytest.mark.slow
+def test_a_cross_encoder_can_be_trained_on(cross, tiny_bert, bi_scores, tmp_path, run_script):
+    def train(start, output, *more):
+        words = ["--model_name_or_path", start, "--scores", bi_scores, "--output_dir", output, "--max_steps", 1]
+        return run_script("distill_bi2cross.py", *words, "--learning_rate", "1e-9", "--mixed_precision", "no", *more)
+
+    refused(train(cross, tmp_path / "a"), "already a cross-encoder")
+    refused(train(tiny_bert, tmp_path / "a", "--carry_over"), "not a cross-encoder", "--carry_over")
+    must(train(cross, tmp_path / "a", "--carry_over", "--loss", "mse"))
+    for name, value in weights(cross).items():  # the head's weights too
+        np.testing.assert_allclose(weights(tmp_path / "a")[name], value, atol=1e-6, err_msg=name)
+    # The loss of one step: below 1/4 in every case for squares, and for these logits near log 2 for cross-entropies.
+    must(train(cross, tmp_path / "b", "--carry_over", "--loss", "bce"))
+    assert losses(tmp_path / "a")[0] < 0.25 < losses(tmp_path / "b")[0]
+
+
+@pytest.mark.slow
+def test_the_bi_encoders_loss_can_be_exchanged(start, bi_scores, tmp_path, run_script):
+    found = {}
+    for loss in ("mse", "bce"):
+        words = ["--model_name_or_path", start, "--scores", bi_scores, "--output_dir", tmp_path / loss]
+        must(run_script("distill_cross2bi.py", *words, "--loss", loss, "--max_steps", 1, "--total_batch_size", 64))
+        found[loss] = losses(tmp_path / loss)[0]
+    # The start's own cosines as scores: no error in squares, and cross-entropy from its least, log(1 + e^-1) = 0.313.
+    assert found["mse"] < 0.02 and found["bce"] > 0.313
+
+
+@pytest.mark.slow
 def test_a_cross_encoder_is_no_start_for_step_3(cross, bi_scores, tmp_path, run_script):
     words = ["--model_name_or_path", cross, "--scores", bi_scores, "--output_dir", tmp_path / "out"]
     refused(run_script("distill_cross2bi.py", *words), str(cross), "a cross-encoder")

@@ -171,6 +171,11 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
         "Negative cosines. shift: map [lowest, 1] to [0, 1], so that no difference is lost; clip: they become 0.",
         "shift",
     )
+    loss: Literal["bce", "mse"] = option("On the score. mse is the paper's ablation.", "bce")
+    carry_over: bool = option(
+        "The model is a cross-encoder, whose weights and head are trained on; the paper's ablation of a fresh one.",
+        False,
+    )
     swap: bool = option("Train on (a, b) and on (b, a); switch off where order matters, as in QNLI.", True)
 
 
@@ -183,6 +188,7 @@ class Cross2BiArguments(LabelArguments, TrainingArguments):
     total_batch_size: int = option("Pairs in one step, all processes together (large models: 64).", 128)
     num_epochs: int = option("Passes over the data (binary tasks: 15).", 10)
     max_length: int = option("Most tokens of a sentence.", 32)
+    loss: Literal["mse", "bce"] = option("On the cosine. bce is the paper's ablation.", "mse")
     pooling: Literal["cls", "mean"] | None = option("Only for a start that does not say how it pools.", None)
 
 

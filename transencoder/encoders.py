@@ -168,6 +168,12 @@ def check_language_model(name: str) -> None:
         raise InputError(f"{name}: already a cross-encoder, where a pretrained language model is needed")
 
 
+def check_cross_encoder(name: str) -> None:
+    """Refuse, before any weights are loaded, what is not a cross-encoder."""
+    if inspect_encoder(name) != "cross":
+        raise InputError(f"{name}: not a cross-encoder, which --carry_over goes on with")
+
+
 def _read_pooling(name: str) -> str:
     """The pooling of a sentence-transformers folder, in its older form (one flag a mode) or its newer one (a name)."""
     modules = _modules(name)

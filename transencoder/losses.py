@@ -1,4 +1,7 @@
-"""The three losses of the method. All compute in float32, whatever the autocast type."""
+"""The three losses of the method, and what the paper's ablation puts in their places.
+
+All compute in float32, whatever the autocast type.
+"""
 
 import numpy as np
 import torch
@@ -75,6 +78,16 @@ def soft_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
 
+def soft_mse(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Ablation of step 2: mean squared error of the score, with which a student copies its teacher's errors too.
+
+    Args:
+        logits: float [n].
+        targets: float [n], in [0, 1].
+    """
+    return F.mse_loss(logits.float().sigmoid(), targets.float())
+
+
 def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Loss of step 3 (paper section 2.3): mean squared error of the cosine against the cross-encoder's score.
 
@@ -83,3 +96,21 @@ def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) 
         scores: float [n], in [0, 1].
     """
     return F.mse_loss(F.cosine_similarity(first.float(), second.float(), dim=-1), scores.float())
+
+
+def cosine_bce(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Ablation of step 3: binary cross-entropy, with the cosine as the logit.
+
+    A cosine reaches from -1 to 1, its sigmoid from 0.27 to 0.73 only: most scores are out of reach, and the paper
+    finds that this does not converge.
+
+    Args:
+        first, second: float [n, d], embeddings of the two sentences of n pairs.
+        scores: float [n]; a cosine below 0 counts as 0.
+    """
+    cosines = F.cosine_similarity(first.float(), second.float(), dim=-1)
+    return F.binary_cross_entropy_with_logits(cosines, scores.float().clamp(0.0, 1.0))
+
+
+CROSS_LOSSES = {"bce": soft_bce, "mse": soft_mse}
+BI_LOSSES = {"mse": cosine_mse, "bce": cosine_bce}

@@ -56,6 +56,9 @@ class Plan:
         dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
         data_dir: folder of the registered tasks.
         cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
+        student_start: where a cycle's students begin: "refresh", the raw language model and the step-1 checkpoint, or
+            "carry_over", their own weights of the cycle before (ablation).
+        alternate: False leaves the cross-encoder out: bi-encoders learn from bi-encoders (ablation).
         paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
         stop_at: no further cycle once its labels agree with those of the cycle before so much (Spearman, 0 to 1).
     """
@@ -67,6 +70,8 @@ class Plan:
     dev: str | None = None
     data_dir: str | None = None
     cycles: int = 3
+    student_start: str = "refresh"
+    alternate: bool = True
     paper: dict[str, str] = dataclasses.field(default_factory=dict)
     stop_at: float | None = None
 
@@ -112,6 +117,10 @@ def _check_kinds(plan: Plan, where: str) -> None:
     for name, value in words:
         if not isinstance(value, str | None):
             raise InputError(f"{where}: {name} must be a name, not {value!r}")
+    if plan.student_start not in ("refresh", "carry_over"):
+        raise InputError(f"{where}: {DRIVER}.student_start must be refresh or carry_over, not {plan.student_start!r}")
+    if not isinstance(plan.alternate, bool):
+        raise InputError(f"{where}: {DRIVER}.alternate must be true or false")
     if not isinstance(plan.paper, dict):
         raise InputError(f"{where}: {DRIVER}.paper must name a setting of the paper for each student")
     if type(plan.cycles) is not int or plan.cycles < 1:
@@ -186,6 +195,8 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
         )
         trackers(getattr(arguments, "report_to", "none"))
+        if getattr(arguments, "carry_over", False):
+            raise InputError(f"--recipe {recipe_path}: carry_over: set {DRIVER}.student_start: carry_over instead")
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
             select_by(arguments)
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
@@ -280,6 +291,8 @@ def to_shell(plan: Plan) -> str:
         [
             f"CYCLES={plan.cycles}",
             f"STOP_AT={plan.stop_at or ''}",
+            f"CARRY_OVER={1 if plan.student_start == 'carry_over' else ''}",
+            f"ALTERNATE={1 if plan.alternate else ''}",
             array("NAMES", [student.name for student in plan.students]),
             array("STEP1_PLMS", [student.plm or "" for student in plan.students]),
             array("CROSS_PLMS", [student.cross_encoder_plm or student.plm for student in plan.students]),

@@ -61,7 +61,7 @@ def collect_rounds(run: Path) -> list[Round]:
         if not (folder / "results.json").is_file():
             raise InputError(f"{folder}: no results.json; run_transencoder.sh has not finished there")
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        for kind in ("cross", "bi") if cycle else ("bi",):
+        for kind in ("cross", "bi") if cycle and plan.alternate else ("bi",):
             for student in plan.students:
                 rounds.append(_round(run, cycle, kind, student, results))
         rounds += _ensembles(cycle, results)
@@ -153,7 +153,7 @@ def best_round(rounds: list[Round], kind: str) -> Round:
 def keep_best(run: Path, rounds: list[Round]) -> list[str]:
     """Copy the best encoder of each kind to `best/`; a line about each."""
     lines, dev = [], dev_of(rounds)
-    for kind in ("bi", "cross"):
+    for kind in sorted({r.kind for r in rounds if r.path}):
         best = best_round(rounds, kind)
         target = run / "best" / f"{kind}-encoder"
         if Path(best.path).is_dir():
