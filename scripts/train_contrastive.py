@@ -10,17 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from torch import Tensor, nn
-
 from transencoder.data import DropoutViews, MaskedViews
 from transencoder.encoders import BiEncoder, MLPHead, add_drophead, check_language_model
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
-from transencoder.losses import info_nce
+from transencoder.losses import InfoNCE
 from transencoder.runtime import log
 from transencoder.tables import read_sentences, sample
 from transencoder.tasks import load_dev
-from transencoder.training import Batch, begin, count_pieces, finish, train
+from transencoder.training import begin, count_pieces, finish, train
 
 STAGE = "train_contrastive"
 
@@ -49,11 +47,7 @@ def main() -> None:
     else:
         rows = DropoutViews(sentences, encoder.tokenizer, encoder.max_length)
 
-    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-        first, second = model(**batch["inputs"]).chunk(2)
-        return info_nce(first, second, arguments.temperature)
-
-    facts = train(accelerator, encoder, rows, loss_of, arguments, dev)
+    facts = train(accelerator, encoder, rows, InfoNCE(arguments.temperature), arguments, dev)
     finish(accelerator, arguments, STAGE, facts)
 
 

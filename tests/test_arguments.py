@@ -237,12 +237,6 @@ def test_labels_come_from_a_file_or_from_teachers(capsys, stage, words, expected
     assert expected in line
 
 
-def test_step_1_refuses_accumulation(capsys):
-    assert "--micro_batch_size: not in step 1" in refusal(
-        capsys, "train_contrastive", *STEP1, "--micro_batch_size", "8"
-    )
-
-
 BAD_NUMBERS = [
     ("distill_bi2cross", "total_batch_size", "0", "at least 1"),
     ("distill_bi2cross", "micro_batch_size", "0", "at least 1"),
@@ -512,7 +506,6 @@ def test_a_students_good_options_pass(check_student):
         ({"train_contrastive": {"method": "bogus"}}, {}, "bogus"),
         ({"distill_bi2cross": {"learning_rate": "nan"}}, {}, "--learning_rate nan: must be a positive number"),
         ({"distill_bi2cross": {"total_batch_size": 0}}, {}, "--total_batch_size 0: must be at least 1"),
-        ({"train_contrastive": {"micro_batch_size": 8}}, {}, "--micro_batch_size: not in step 1"),
         # The corpus has 96 sentences and 64 pairs, which are 128 examples of the cross-encoder.
         ({"train_contrastive": {"total_batch_size": 97}}, {}, "96 examples are fewer than one batch"),
         ({"train_contrastive": {"total_batch_size": 64, "num_sentences": 63}}, {}, "63 examples are fewer"),

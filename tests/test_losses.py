@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from transencoder.losses import bce_targets, cosine_bce, cosine_mse, info_nce, soft_bce, soft_mse
+from transencoder.losses import InfoNCE, bce_targets, cosine_bce, cosine_mse, info_nce, soft_bce, soft_mse
 
 # --- step 1 ----------------------------------------------------------------------------------------------------------
 
@@ -72,6 +72,45 @@ def test_info_nce_of_two_processes_trains_as_one_process_with_the_whole_batch(tm
     loss.backward()
     torch.testing.assert_close(mean[:-1].reshape(5, 3), weight.grad)
     torch.testing.assert_close(mean[-1], loss.detach())
+
+
+class NoisyLinear(torch.nn.Module):
+    """A stand-in for an encoder with dropout: inputs as a model's, embeddings as their output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return F.dropout(input_ids @ self.weight, 0.5, self.training)
+
+
+def test_a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole_batch():
+    first, second, model, loss_of = torch.randn(8, 6), torch.randn(8, 6), NoisyLinear().eval(), InfoNCE(0.1)
+    whole = info_nce(model(first), model(second), 0.1)
+    (expected,) = torch.autograd.grad(whole, model.weight)
+    pieces = [{"inputs": {"input_ids": torch.cat([first[i : i + 2], second[i : i + 2]])}} for i in range(0, 8, 2)]
+    loss_of.look_ahead(model, pieces)
+    for piece in pieces:
+        loss = loss_of(model, piece)
+        assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+        (loss / 4).backward()  # as gradient accumulation divides
+    torch.testing.assert_close(model.weight.grad, expected)
+    # Without pieces, the plain loss.
+    assert loss_of(model, {"inputs": {"input_ids": torch.cat([first, second])}}).item() == pytest.approx(whole.item())
+
+
+def test_a_piece_is_dropped_out_alike_in_both_passes():
+    model, loss_of, seen = NoisyLinear().train(), InfoNCE(0.1), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    pieces = [{"inputs": {"input_ids": torch.randn(4, 6)}} for _ in range(3)]
+    loss_of.look_ahead(model, pieces)
+    for piece in pieces:
+        loss_of(model, piece)
+    for before, after in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(before, after)
+    assert not torch.equal(seen[0] == 0, seen[1] == 0)  # and not alike in two pieces
 
 
 # --- step 2 ----------------------------------------------------------------------------------------------------------

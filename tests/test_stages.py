@@ -288,7 +288,6 @@ def test_flags_that_cannot_work_are_refused(tiny_bert, corpus, tmp_path, run_scr
     words = ["--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt"]
     words += ["--output_dir", tmp_path / "out"]
     refused(run_script("train_contrastive.py", *words, "--select_by", "dev"), "--select_by", "--dev")
-    refused(run_script("train_contrastive.py", *words, "--micro_batch_size", 4), "--micro_batch_size")
     refused(run_script("train_contrastive.py", *words, "--num_epochs", 0), "--num_epochs 0")
     refused(run_script("train_contrastive.py", *words, "--total_batch_size", 97), "96 examples", "--total_batch_size")
     words = ["--encoders", tiny_bert, "--pooling", "mean", "--pairs", corpus / "pairs.jsonl"]

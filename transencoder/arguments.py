@@ -248,6 +248,8 @@ LIMITS = {
     "num_epochs": (1, None),
     "max_steps": (1, None),
     "eval_steps": (1, None),
+    "checkpointing_steps": (0, None),
+    "checkpoints_total_limit": (1, None),
     "eval_batch_tokens": (1, None),
     "length_window": (1, None),
     "mask_characters": (1, None),

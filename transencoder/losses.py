@@ -3,12 +3,15 @@
 All compute in float32, whatever the autocast type.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
 from scipy import special, stats
+from torch import nn
 
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -31,6 +34,58 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
         second = torch.cat(torch.distributed.nn.functional.all_gather(second.contiguous()))
     targets = torch.arange(offset, offset + len(first), device=first.device)
     return F.cross_entropy(first @ second.T / temperature, targets)
+
+
+class InfoNCE:
+    """`info_nce` as the loss of a training step whose batch may come in several pieces (gradient accumulation).
+
+    In-batch negatives need the embeddings of the whole batch. So a step in pieces is computed twice (GradCache, Gao et
+    al. 2021): once without gradients, for the loss and its derivative by every embedding; then piece by piece, each
+    with the dropout it had the first time, for the derivatives by the weights.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.cached: list[tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]] = []
+
+    def look_ahead(self, model: nn.Module, pieces: list[dict[str, Any]]) -> None:
+        """Compute the loss of the whole batch; the calls that follow, one for each piece, draw on it."""
+        random_states, outputs = [], []
+        for piece in pieces:
+            random_states.append(_random_state(piece["inputs"]["input_ids"].device))
+            with torch.no_grad():
+                outputs.append(model(**piece["inputs"]))
+        views = [output.requires_grad_() for output in outputs]
+        first, second = zip(*(view.chunk(2) for view in views), strict=True)
+        loss = info_nce(torch.cat(first), torch.cat(second), self.temperature)
+        gradients = torch.autograd.grad(loss, views)
+        # Backward takes the mean over the pieces.
+        self.cached = [
+            (state, gradient * len(pieces), loss.detach())
+            for state, gradient in zip(random_states, gradients, strict=True)
+        ]
+
+    def __call__(self, model: nn.Module, piece: dict[str, Any]) -> torch.Tensor:
+        """Mean loss of this process's part of the batch, with the gradient of `piece`'s share."""
+        if not self.cached:
+            first, second = model(**piece["inputs"]).chunk(2)
+            return info_nce(first, second, self.temperature)
+        random_state, gradient, loss = self.cached.pop(0)
+        _set_random_state(random_state, gradient.device)
+        share = (model(**piece["inputs"]) * gradient).sum()
+        return loss + share - share.detach()
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What dropout on `device` depends on."""
+    states = (torch.get_rng_state(),)
+    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
+
+
+def _set_random_state(states: tuple[torch.Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def bce_targets(scores: np.ndarray, negatives: str) -> np.ndarray:
