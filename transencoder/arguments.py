@@ -79,6 +79,11 @@ class TrainingArguments(ReportArguments, StageArguments):
         "Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None
     )
     eval_steps: int = option("Dev evaluation every this many steps, and at each epoch's end.", 200)
+    checkpointing_steps: int = option(
+        "Save a checkpoint every this many steps, to go on from after a crash; 0: only when a signal asks for it.",
+        500,
+    )
+    checkpoints_total_limit: int = option("Keep this many checkpoints, the newest ones.", 2)
     select_by: Literal["dev", "agreement", "last"] | None = option(
         "Which checkpoint is kept: the best on --dev; the one whose scores of held-out pairs agree best with the "
         "teacher's (Spearman; not in step 1); or the last. Default: dev when --dev is given, else last.",
@@ -126,10 +131,6 @@ class ContrastiveArguments(TrainingArguments):
     }
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size:
-            raise InputError(
-                "--micro_batch_size: not in step 1, where every sentence is compared with the whole batch"
-            )
         for name, value in self.METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -15,7 +15,7 @@ class WeightAverage:
     began with.
 
     Args:
-        model: as Accelerate prepared it; each process averages the part of the weights that it holds.
+        model: as Accelerate prepared it, whole on every process.
         decay: weight of the mean so far in each step, below 1.
     """
 

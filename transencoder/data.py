@@ -259,5 +259,8 @@ class LengthWindowSampler(Sampler[list[int]]):
 
 
 def make_loader(rows: Dataset, sampler: LengthWindowSampler) -> DataLoader:
-    """A loader whose batches the dataset pads itself, for `accelerator.prepare` with `split_batches=True`."""
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=lambda batch: batch)
+    """A loader whose batches the dataset pads itself, for `accelerator.prepare` with `split_batches=True`.
+
+    With a generator of its own it draws nothing from torch's, which a resumed run must find as it was.
+    """
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=lambda batch: batch, generator=torch.Generator())

@@ -226,6 +226,7 @@ class BiEncoder(nn.Module):
             max_length,
             head,
         )
+        self._no_split_modules = _layer_classes(backbone)
 
     @classmethod
     def from_pretrained(
@@ -282,6 +283,7 @@ class CrossEncoder(nn.Module):
     def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int):
         super().__init__()
         self.backbone, self.tokenizer, self.max_length = backbone, tokenizer, max_length
+        self._no_split_modules = _layer_classes(backbone)
         for layer in backbone.modules():
             if isinstance(layer, nn.Linear) and layer.out_features == 1:
                 _compute_in_float32(layer)
@@ -383,6 +385,13 @@ def _fit(length: int, backbone: PreTrainedModel) -> int:
     if backbone.config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
         positions -= 2
     return min(length, positions)
+
+
+def _layer_classes(backbone: PreTrainedModel) -> list[str]:
+    """Class names of the model's layers, each of which FSDP gathers by itself (its name for them in `accelerate`)."""
+    stacks = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    longest = max(stacks, key=len, default=())
+    return sorted({type(layer).__name__ for layer in longest})
 
 
 def _accepted(backbone: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,17 @@ from transencoder.errors import InputError
 
 RUN_FILE = "run.json"
 # These change how a run goes, not what comes out of it.
-NOT_IDENTITY = {"recipe", "overwrite", "report_to", "output_dir", "output", "eval_batch_tokens", "micro_batch_size"}
+NOT_IDENTITY = {
+    "recipe",
+    "overwrite",
+    "report_to",
+    "output_dir",
+    "output",
+    "eval_batch_tokens",
+    "micro_batch_size",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+}
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (
     "1_Pooling",
@@ -29,6 +39,16 @@ MODEL_FILES = (
     "vocab*",
     "merges.txt",
 )
+
+
+def sha256(*files: Path) -> str:
+    """Checksum of the files' contents, one after another."""
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -75,17 +95,12 @@ def identity(arguments: Any) -> dict[str, Any]:
 def _checksum(path: Path) -> str | None:
     """SHA-256 of a file, or of the weights in a model's folder; None for anything else."""
     files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
-    sha = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            return None
-        try:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    sha.update(block)
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    return sha.hexdigest() if files else None
+    if not files or not all(file.is_file() for file in files):
+        return None
+    try:
+        return sha256(*files)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -2,18 +2,18 @@
 
 import importlib.util
 import logging
-import os
 import sys
+import warnings
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from tqdm.auto import tqdm
 
 from transencoder.arguments import StageArguments
+from transencoder.engines import accelerate_precision, choose_precision, process_group, set_up_engine
 from transencoder.errors import InputError, is_first_process
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -27,27 +27,26 @@ def start(arguments: StageArguments) -> Accelerator:
     """
     log_with = trackers(getattr(arguments, "report_to", "none"))
     quiet_libraries()
-    handlers = []
-    if _without_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it chose it
-    if _without_gpu() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Without it DeepSpeed and Accelerate disagree about the number of processes on a machine without a GPU.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    precision = choose_precision(arguments.mixed_precision)
     accelerator = Accelerator(
-        mixed_precision=_mixed_precision(arguments.mixed_precision),
+        mixed_precision=accelerate_precision(precision),
         # The batch size is that of all processes together; each takes its part of every batch.
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        # Every batch has all its pieces: the last one of an epoch needs no special care.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         log_with=log_with or None,
         project_dir=getattr(arguments, "output_dir", None),
-        kwargs_handlers=handlers,
+        kwargs_handlers=process_group(),
     )
+    set_up_engine(accelerator, precision)
     set_seed(arguments.seed)
     return accelerator
 
 
-def progress_bar(accelerator: Accelerator, total: int, title: str) -> tqdm:
+def progress_bar(accelerator: Accelerator, total: int, title: str, done: int = 0) -> tqdm:
     """A bar on the first process's terminal; none in a log file, and none that stays when the work is short."""
-    return tqdm(total=total, desc=title, leave=False, disable=None if accelerator.is_main_process else True)
+    hidden = None if accelerator.is_main_process else True
+    return tqdm(total=total, desc=title, initial=done, leave=False, disable=hidden)
 
 
 def log(message: str) -> None:
@@ -62,26 +61,12 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("datasets", "huggingface_hub", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What these warn of does not happen here: nothing is added in place to a model's output ...
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # ... and this is between DeepSpeed and PyTorch.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-
-
-def _without_gpu() -> bool:
-    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-
-
-def _mixed_precision(choice: str) -> str:
-    """`choice`, or for "auto": what the launcher says, else bf16 where the hardware computes in it."""
-    if choice != "auto":
-        return choice
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher != "no":
-        return launcher
-    if not _without_gpu():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # bf16 is emulated, and slow, on a CPU without these instructions.
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
 def trackers(report_to: str) -> list[str]:

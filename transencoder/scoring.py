@@ -18,6 +18,7 @@ from torch import nn
 from transencoder.arguments import LabelArguments
 from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
+from transencoder.engines import autocast
 from transencoder.errors import InputError
 from transencoder.files import difference
 from transencoder.lexical import lexical_scores
@@ -76,7 +77,7 @@ def run_sharded(
         mine = round_ * accelerator.num_processes + accelerator.process_index
         rows = batches[min(mine, len(batches) - 1)]
         inputs = {name: value.to(accelerator.device) for name, value in pad(tokens, rows, encoder.tokenizer).items()}
-        with accelerator.autocast():
+        with autocast(accelerator):
             outputs = model(**inputs)
         if filled is None:
             filled = torch.zeros((len(tokens), *outputs.shape[1:]), dtype=torch.float32, device=outputs.device)

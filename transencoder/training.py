@@ -4,26 +4,29 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import reduce, set_seed
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from transencoder.arguments import TrainingArguments, parse_stage
 from transencoder.averaging import WeightAverage
+from transencoder.checkpoints import Checkpoints, check_resumable
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
+from transencoder.engines import engine_name, precision, set_batch, splits_weights
 from transencoder.errors import InputError
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
+from transencoder.interruption import EXIT_CODE, StopSignal
 from transencoder.runtime import as_plain, log, progress_bar, start
 from transencoder.selection import select_by
 from transencoder.tasks import Task
@@ -40,12 +43,30 @@ class Progress:
     Args:
         history: one entry for each evaluation: step, epoch, loss (mean since the last entry), dev and agreement (x
             100, where there are such pairs).
+        loss_sum: of the pieces since the last entry, on this process; stays on the device.
+        resumed_at: the steps that the run went on from.
     """
 
+    loss_sum: torch.Tensor
+    loss_count: int = 0
     step: int = 0
     best: float = -math.inf
     best_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+
+    def mean_loss(self) -> torch.Tensor:
+        """Of this process, since the last evaluation."""
+        return self.loss_sum / max(self.loss_count, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps. All processes call it: the loss is their mean, since their number may change."""
+        return dict(vars(self), loss_sum=reduce(self.loss_sum, "mean").item())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        loss_sum = torch.full_like(self.loss_sum, state["loss_sum"])
+        vars(self).update(state, loss_sum=loss_sum, resumed_at=[*state["resumed_at"], state["step"]])
 
 
 def count_pieces(rows: int, arguments: TrainingArguments, num_processes: int) -> int:
@@ -85,7 +106,14 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
     if claim(arguments, stage):
         log(f"{arguments.output_dir} is complete already")
         sys.exit(0)
-    return arguments, start(arguments)
+    accelerator = start(arguments)
+    if arguments.overwrite and accelerator.is_main_process:
+        shutil.rmtree(Path(arguments.output_dir) / "checkpoints", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    check_resumable(arguments.output_dir, accelerator)
+    if arguments.ema_decay and splits_weights(accelerator):
+        raise InputError(f"--ema_decay: not under {engine_name(accelerator)}, which splits the weights over processes")
+    return arguments, accelerator
 
 
 def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
@@ -141,9 +169,9 @@ class Trainer:
         }
         self.select_by = select_by(arguments)
         self.keep_best = self.select_by in self.sets
-        self.kept = Path(arguments.output_dir) / "checkpoints" / "best"
+        self.checkpoints = Checkpoints(accelerator, arguments.output_dir, arguments.checkpoints_total_limit)
         self.pieces = count_pieces(len(rows.lengths), arguments, accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = self.pieces
+        set_batch(accelerator, arguments.total_batch_size, self.pieces, arguments.max_grad_norm)
         self.sampler = LengthWindowSampler(
             rows.lengths, arguments.total_batch_size, self.pieces, arguments.length_window, arguments.seed
         )
@@ -158,55 +186,66 @@ class Trainer:
         )
         self.average = WeightAverage(self.model, arguments.ema_decay) if arguments.ema_decay else None
         set_seed(arguments.seed, device_specific=True)  # each process its own dropout
-        self.progress = Progress()
-        self.loss_sum = torch.zeros((), device=accelerator.device)  # since the last evaluation; stays on the device
-        self.loss_count = 0
+        self.progress = Progress(loss_sum=torch.zeros((), device=accelerator.device))
+        accelerator.register_for_checkpointing(self.progress, *filter(None, [self.average]))
 
     def run(self) -> dict[str, Any]:
-        """All epochs, and the kept checkpoint into the output folder."""
-        self.bar = progress_bar(self.accelerator, self.total_steps, "Training")
+        """All epochs, from the newest checkpoint on if there is one, and the kept model into the output folder."""
+        self.checkpoints.load_newest()
+        self.bar = progress_bar(self.accelerator, self.total_steps, "Training", self.progress.step)
         self.accelerator.init_trackers("trans-encoder", config=as_plain(self.arguments))
         self.model.train()
-        started, evaluating = time.perf_counter(), 0.0
+        first_step, started, pauses = self.progress.step, time.perf_counter(), 0.0
+        with StopSignal() as stop:
+            for pieces in self.batches():
+                self.train_step(pieces)
+                pause = time.perf_counter()
+                if self.is_time_to_evaluate():
+                    with self.mean_weights():
+                        self.evaluate()
+                self.save_if_due(stop)
+                pauses += time.perf_counter() - pause
+        self.bar.close()
+        seconds = time.perf_counter() - started - pauses
+        self.finish()
+        return self.facts((self.total_steps - first_step) / seconds)
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """The batches that are still to come, each as its pieces."""
         while self.progress.step < self.total_steps:
             self.sampler.epoch = self.rows.epoch = self.progress.step // self.sampler.batches
-            for batch in self.loader:
-                if not self.train_on(batch):
-                    continue
-                if self.is_time_to_evaluate():
-                    pause = time.perf_counter()
-                    with self.average.in_place() if self.average else nullcontext():
-                        self.evaluate()
-                    evaluating += time.perf_counter() - pause
+            done = self.progress.step % self.sampler.batches * self.pieces
+            pieces = []
+            for piece in self.accelerator.skip_first_batches(self.loader, done) if done else self.loader:
+                pieces.append(piece)
+                if len(pieces) == self.pieces:
+                    yield pieces
+                    pieces = []
                 if self.progress.step == self.total_steps:
                     break
-        self.bar.close()
-        seconds = time.perf_counter() - started - evaluating
-        self.finish()
-        return self.facts(seconds)
 
-    def train_on(self, batch: Batch) -> bool:
-        """Forward and backward of one piece of a batch; whether it completed an optimizer step."""
-        accelerator = self.accelerator
-        with accelerator.accumulate(self.model):
-            loss = self.loss_of(self.model, batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-        self.loss_sum += loss.detach()
-        self.loss_count += 1
-        if not accelerator.sync_gradients:
-            return False
+    def train_step(self, pieces: list[Batch]) -> None:
+        """Forward and backward of a batch's pieces, and one optimizer step."""
+        accelerator, progress = self.accelerator, self.progress
+        if len(pieces) > 1 and hasattr(self.loss_of, "look_ahead"):
+            self.loss_of.look_ahead(self.model, pieces)
+        for piece in pieces:
+            with accelerator.accumulate(self.model):
+                loss = self.loss_of(self.model, piece)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+            progress.loss_sum += loss.detach()
+            progress.loss_count += 1
         if self.average is not None:
             self.average.update()
-        self.progress.step += 1
+        progress.step += 1
         self.bar.update()
-        if self.progress.step % LOG_STEPS == 0:
+        if progress.step % LOG_STEPS == 0:
             self.report(loss, norm)
-        return True
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Progress bar and trackers, every `LOG_STEPS` steps; here too a broken run is stopped."""
@@ -229,9 +268,9 @@ class Trainer:
     def evaluate(self) -> None:
         """Note the mean loss and the dev score; keep the model if it is the best so far."""
         progress = self.progress
-        mean = self.accelerator.reduce(self.loss_sum / self.loss_count, "mean").item()
-        self.loss_sum.zero_()
-        self.loss_count = 0
+        mean = self.accelerator.reduce(progress.mean_loss(), "mean").item()
+        progress.loss_sum.zero_()
+        progress.loss_count = 0
         entry = {"step": progress.step, "epoch": round(progress.step / self.sampler.batches, 3), "loss": mean}
         shown = ""
         for name, measured in self.sets.items():
@@ -243,15 +282,34 @@ class Trainer:
         value = entry.get(self.select_by)
         if value is not None and value > progress.best:
             progress.best, progress.best_step = value, progress.step
-            self.save()
+            self.keep()
 
-    def save(self) -> None:
-        """Write the model as it is now to the place of the kept one."""
+    def mean_weights(self) -> AbstractContextManager[None]:
+        """The context in which the model has the weights that are measured and kept."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def keep(self) -> None:
+        """Write the model as it is now as the best so far."""
         state = self.accelerator.get_state_dict(self.model)  # on every process: sharded weights are gathered
         if self.accelerator.is_main_process:
             encoder = self.accelerator.unwrap_model(self.model)
-            write_folder(self.kept, lambda folder: encoder.save_pretrained(folder, state))
+            folder = self.checkpoints.best(self.progress.best_step)
+            write_folder(folder, lambda temporary: encoder.save_pretrained(temporary, state))
         self.accelerator.wait_for_everyone()
+
+    def save_if_due(self, stop: StopSignal) -> None:
+        """Save a checkpoint every `checkpointing_steps`, and when a signal asks to stop, which ends the process."""
+        step, every = self.progress.step, self.arguments.checkpointing_steps
+        # Asking the other processes costs a synchronisation, so it is not done at every step.
+        asked = self.accelerator.num_processes == 1 or step % LOG_STEPS == 0
+        stopping = asked and step < self.total_steps and stop.on_any_process(self.accelerator)
+        if stopping or (every and step % every == 0 and step < self.total_steps):
+            self.checkpoints.save(step, self.progress.best_step)
+        if stopping:
+            self.bar.close()
+            log(f"stopped by a signal after step {step} of {self.total_steps}; the same command goes on from there")
+            self.accelerator.end_training()
+            sys.exit(EXIT_CODE)
 
     def finish(self) -> None:
         """Move the kept checkpoint to where it belongs."""
@@ -260,30 +318,32 @@ class Trainer:
                 f"the model gave every {self.select_by} pair the same score; lower --learning_rate"
             )
         if not self.keep_best:
-            with self.average.in_place() if self.average else nullcontext():
-                self.save()
+            self.progress.best_step = self.total_steps
+            with self.mean_weights():
+                self.keep()
         if self.accelerator.is_main_process:
-            output = Path(self.arguments.output_dir)
-            move_model(self.kept, output)
-            shutil.rmtree(output / "checkpoints")
+            move_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
+            shutil.rmtree(self.checkpoints.folder)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def facts(self, seconds: float) -> dict[str, Any]:
+    def facts(self, steps_per_second: float) -> dict[str, Any]:
         """What happened, for run.json."""
         progress = self.progress
         best = {}
         if self.keep_best:
             best = {self.select_by: progress.best, f"{self.select_by}_metric": self.sets[self.select_by].metric}
         return dict(
-            kept_step=progress.best_step if self.keep_best else self.total_steps,
+            kept_step=progress.best_step,
             **best,
             steps=self.total_steps,
             examples=len(self.rows.lengths),
             world_size=self.accelerator.num_processes,
             gradient_accumulation_steps=self.pieces,
-            mixed_precision=self.accelerator.mixed_precision,
-            examples_per_second=round(self.total_steps * self.arguments.total_batch_size / seconds, 1),
+            engine=engine_name(self.accelerator),
+            mixed_precision=precision(self.accelerator),
+            examples_per_second=round(steps_per_second * self.arguments.total_batch_size, 1),
+            resumed_at_steps=progress.resumed_at,
             history=progress.history,
         )
 

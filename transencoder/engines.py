@@ -1,0 +1,124 @@
+"""What differs between one process, DDP, FSDP and DeepSpeed. The rest of the code is the same under all of them.
+
+Under each, weights are float32 and forward passes are autocast, so that all of them compute the same numbers: the
+half-precision weights that FSDP's and DeepSpeed's own mixed precision keep or gather cost quality.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, str_to_bool
+from transformers.integrations import unset_hf_deepspeed_config
+
+from transencoder.errors import InputError
+
+TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as DeepSpeed's configuration names them
+
+
+def without_gpu() -> bool:
+    """Whether this process works on the processor."""
+    return not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
+
+
+def process_group() -> list[InitProcessGroupKwargs]:
+    """What Accelerate must be told to connect the processes of a machine without a GPU: they talk by gloo.
+
+    Without it DeepSpeed and Accelerate disagree about the number of processes, and FSDP, which Accelerate knows on
+    accelerators only, would be plain data parallelism in name and nothing at all in fact.
+    """
+    if not without_gpu():
+        return []
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it chose it
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return []
+    if _is_set("ACCELERATE_USE_FSDP"):
+        PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
+    return [InitProcessGroupKwargs(backend="gloo")]
+
+
+def accelerate_precision(precision: str) -> str:
+    """What `Accelerator(mixed_precision=...)` gets: under DeepSpeed "no", because `autocast` takes its place."""
+    return "no" if _is_set("ACCELERATE_USE_DEEPSPEED") else precision
+
+
+def set_up_engine(accelerator: Accelerator, precision: str) -> None:
+    """Let FSDP and DeepSpeed autocast to `precision`, in place of their own mixed precision."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Under ZeRO-3 transformers would load every model in splinters: teachers, which only score, and students,
+        # whose parameters then look one-dimensional. `accelerator.prepare` splits up what is trained.
+        unset_hf_deepspeed_config()
+        # An empty list of modules: gradients too are summed in float32.
+        accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"] = {
+            "enabled": precision != "no",
+            "dtype": TORCH_TYPES.get(precision, "bfloat16"),
+            "lower_precision_safe_modules": [],
+        }
+
+
+def precision(accelerator: Accelerator) -> str:
+    """The autocast type: "no", "bf16" or "fp16"."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.mixed_precision
+    setting = accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]
+    return {name: short for short, name in TORCH_TYPES.items()}[setting["dtype"]] if setting["enabled"] else "no"
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The context of a forward pass of a model that was not prepared for training."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.autocast()
+    chosen = precision(accelerator)
+    dtype = getattr(torch, TORCH_TYPES.get(chosen, ""), None)
+    return torch.autocast(accelerator.device.type, dtype) if dtype else nullcontext()
+
+
+def set_batch(accelerator: Accelerator, total_batch_size: int, pieces: int, max_grad_norm: float) -> None:
+    """Tell the engine the batch that the loader will bring, before `accelerator.prepare`.
+
+    Args:
+        pieces: gradient accumulation steps.
+    """
+    accelerator.gradient_accumulation_steps = pieces
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=total_batch_size // pieces // accelerator.num_processes,
+            gradient_accumulation_steps=pieces,
+            gradient_clipping=max_grad_norm,
+        )
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """What can read a checkpoint: "plain" (one process or DDP), "fsdp" or "deepspeed-zero2", "deepspeed-zero3"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"deepspeed-zero{accelerator.deepspeed_plugin.zero_stage}"
+    return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "plain"
+
+
+def splits_weights(accelerator: Accelerator) -> bool:
+    """Whether a process holds only a part of the model."""
+    return engine_name(accelerator) in ("fsdp", "deepspeed-zero3")
+
+
+def choose_precision(choice: str) -> str:
+    """`choice`, or for "auto": what the launcher says, else bf16 where the hardware computes in it."""
+    if choice != "auto":
+        return choice
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher == "fp8":
+        raise InputError("mixed_precision fp8 in the Accelerate configuration: not supported; use bf16")
+    if launcher != "no":
+        return launcher
+    if not without_gpu():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # bf16 is emulated, and slow, on a CPU without these instructions.
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def _is_set(variable: str) -> bool:
+    return bool(str_to_bool(os.environ.get(variable) or "no"))
