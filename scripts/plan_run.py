@@ -10,14 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import StageParser
+from transencoder.arguments import HubTarget, StageParser
 from transencoder.errors import one_line_errors
+from transencoder.hub import remember
 from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
+from transencoder.releases import check_run_target
 from transencoder.runtime import quiet_libraries
 
 
-def parse() -> argparse.Namespace:
-    parser = StageParser((), __doc__)
+def parse() -> tuple[HubTarget, argparse.Namespace]:
+    parser = StageParser(HubTarget, __doc__)
     parser.add_argument("--recipe", required=True, help="YAML file")
     parser.add_argument("--output_dir", required=True, help="folder of the run")
     for key, what in (("plm", "language model"), ("bi_encoder", "ready bi-encoder")):
@@ -27,19 +29,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data_dir", help="folder of the tasks in place of the recipe's")
     parser.add_argument("--seed", type=int, help="seed in place of the recipe's")
     parser.add_argument("--dry_run", action="store_true", help="write nothing")
-    return parser.parse_args()
+    return parser.parse_args_into_dataclasses(look_for_args_file=False)
 
 
 @one_line_errors
 def main() -> None:
-    arguments = parse()
+    target, arguments = parse()
     quiet_libraries()
     models = {"plm": arguments.plm, "bi_encoder": arguments.bi_encoder}
     recipe = resolve_recipe(arguments.recipe, models, arguments.seed, arguments.data_dir)
     plan = load_plan(recipe, f"--recipe {arguments.recipe}")
+    check_run_target(target, plan)
     check_inputs(plan, arguments.recipe)
     if not arguments.dry_run:
         keep_recipe(recipe, Path(arguments.output_dir))
+        if target.hub_model_id:
+            remember(Path(arguments.output_dir), target)
     print(to_shell(plan))
 
 

@@ -11,6 +11,9 @@
 #   --data_dir DIR      the folder of tasks and pools in place of the recipe's
 #   --seed N            a seed in place of the recipe's
 #   --seeds N N ...     a run for each seed, in DIR/seed-N; their mean and standard deviation in DIR/results.md
+#   --push_to_hub NAME  ORG/NAME: push each cycle's models to ORG/NAME-bi and ORG/NAME-cross, beside the work (--seeds: to
+#                       ORG/NAME-seed-N-bi, ...); with --hub_public for everybody to see; --hub_license ID and
+#                       --hub_language CODE say in the cards what the base model's card does not
 #   --dry_run           print the commands, run nothing
 #
 # Cost, with the time of one training of the cross-encoder (step 2) as the unit: step 1 is about 0.1 to 1, and each cycle
@@ -18,24 +21,27 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-launcher="accelerate launch" recipe="" run="" dry="" plan_flags=() seed=() seeds=()
+launcher="accelerate launch" recipe="" run="" dry="" push="" pusher="" plan_flags=() seed=() seeds=()
 
 fail() { echo "run_transencoder.sh: error: $1" >&2; exit 2; }
 while (($#)); do
   case $1 in
     -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --dry_run) dry=1; plan_flags+=(--dry_run); shift; continue ;;
+    --hub_public) plan_flags+=(--hub_public); shift; continue ;;
     --seeds) shift; while (($#)) && [[ $1 != --* ]]; do seeds+=("$1"); shift; done
       ((${#seeds[@]} > 1)) || fail "--seeds needs two or more numbers"
       continue ;;
-    --recipe | --output_dir | --launcher | --plm | --bi_encoder | --data_dir | --seed) (($# > 1)) || fail "$1 needs a value" ;;
+    --recipe | --output_dir | --launcher | --plm | --bi_encoder | --data_dir | --seed | --push_to_hub | --hub_license | \
+      --hub_language) (($# > 1)) || fail "$1 needs a value" ;;
     *) fail "unknown argument $1 (see --help)" ;;
   esac
   case $1 in
     --recipe) recipe=$2 ;;
     --output_dir) run=${2%/} ;;
     --launcher) launcher=$2 ;;
-    --plm | --bi_encoder | --data_dir) plan_flags+=("$1" "$2") ;;
+    --plm | --bi_encoder | --data_dir | --hub_license | --hub_language) plan_flags+=("$1" "$2") ;;
+    --push_to_hub) push=$2 ;;
     --seed) plan_flags+=(--seed "$2") seed=(--seed "$2") ;;
   esac
   shift 2
@@ -49,7 +55,7 @@ if ((${#seeds[@]})); then
   for number in "${seeds[@]}"; do
     [[ $dry ]] || echo "Seed $number" >&2
     bash "${BASH_SOURCE[0]}" --recipe "$recipe" --output_dir "$run/seed-$number" --launcher "$launcher" --seed "$number" \
-      ${plan_flags[@]+"${plan_flags[@]}"} || exit $?
+      ${push:+--push_to_hub "$push-seed-$number"} ${plan_flags[@]+"${plan_flags[@]}"} || exit $?
   done
   [[ $dry ]] || python "$here/summarize_run.py" "${seeds[@]/#/$run/seed-}" --output "$run/results.md"
   exit
@@ -57,7 +63,8 @@ fi
 read -ra launcher <<<"$launcher"
 
 # Checks the recipe and everything it names, and defines CYCLES, NAMES, PAIRS, ... (one array element for each student).
-plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${plan_flags[@]+"${plan_flags[@]}"}) || exit $?
+plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:+--hub_model_id "$push"} \
+  ${plan_flags[@]+"${plan_flags[@]}"}) || exit $?
 eval "$plan"
 [[ $dry ]] || recipe=$run/recipe.yaml
 
@@ -108,6 +115,14 @@ adds_nothing() {
   echo "The labels of cycle $1 agree with those of cycle $(($1 - 1)) by $agreement (stop_at $STOP_AT): the loop ends." >&2
 }
 
+# Pushes what is finished, in a process of its own, so that neither a slow nor a broken network costs the run anything. What
+# one push leaves out the next makes up for; only the last one is waited for.
+push() {
+  if [[ ! $push || $dry ]] || { [[ $pusher ]] && kill -0 "$pusher" 2>/dev/null; }; then return; fi
+  python "$here/push_to_hub.py" "$run" </dev/null &
+  pusher=$!
+}
+
 # Step 1: one bi-encoder for each student, unless the recipe names a ready one.
 bi=()
 for i in "${!NAMES[@]}"; do
@@ -125,6 +140,7 @@ start=("${bi[@]}")
 bi_from=("${start[@]}") cross_from=("${CROSS_PLMS[@]}") carry=()
 stage "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
   "${ENSEMBLES[@]}" --output_dir "$run/start"
+push
 
 for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   folder=$run/cycle-$cycle cross=()
@@ -158,6 +174,10 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
 
   stage "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
     "${DATA[@]}" "${ENSEMBLES[@]}" --output_dir "$folder"
+  push
 done
 
 [[ $dry ]] || python "$here/summarize_run.py" "$run"
+[[ ! $pusher ]] || wait "$pusher" || true
+push
+[[ ! $pusher ]] || wait "$pusher" || true  # it has said what went wrong, and how to push later

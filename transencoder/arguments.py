@@ -50,7 +50,24 @@ class ReportArguments:
 
 
 @dataclass
-class TrainingArguments(ReportArguments, StageArguments):
+class HubTarget:
+    """Where models go on the Hub, and what their cards say that no file tells."""
+
+    hub_model_id: str | None = option("ORG/NAME of the repository.", None)
+    hub_public: bool = option("Let everybody see the repository, which is private otherwise.", False)
+    hub_license: str | None = option("Licence, by the Hub's name for it. Default: the base model's.", None)
+    hub_language: str | None = option("Language codes with commas: en,de. Default: the base model's.", None)
+
+
+@dataclass
+class HubArguments(HubTarget):
+    """Whether a training stage publishes its model."""
+
+    push_to_hub: bool = option("Push the model to --hub_model_id when it is done.", False)
+
+
+@dataclass
+class TrainingArguments(HubArguments, ReportArguments, StageArguments):
     """What the three training stages share."""
 
     output_dir: str = option("Folder for the trained model.")

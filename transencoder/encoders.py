@@ -152,7 +152,7 @@ def check_bi_encoder(name: str, pooling: str | None) -> None:
             f"{name}: a plain language model does not say how it pools; add --pooling cls or --pooling mean"
         )
     if kind == "bi":
-        _read_pooling(name)
+        read_pooling(name)
 
 
 def check_encoders(names: list[str], pooling: str | None) -> None:
@@ -174,7 +174,7 @@ def check_cross_encoder(name: str) -> None:
         raise InputError(f"{name}: not a cross-encoder, which --carry_over goes on with")
 
 
-def _read_pooling(name: str) -> str:
+def read_pooling(name: str) -> str:
     """The pooling of a sentence-transformers folder, in its older form (one flag a mode) or its newer one (a name)."""
     modules = _modules(name)
     if set(modules) - KNOWN_MODULES or modules[:2] != ["Transformer", "Pooling"]:
@@ -249,7 +249,7 @@ class BiEncoder(nn.Module):
         saved = read_model_file(name, "sentence_bert_config.json") if kind == "bi" else None
         tokenizer = AutoTokenizer.from_pretrained(name)
         length = max_length or (saved or {}).get("max_seq_length") or tokenizer.model_max_length
-        return cls(backbone, tokenizer, _read_pooling(name) if kind == "bi" else pooling, _fit(length, backbone))
+        return cls(backbone, tokenizer, read_pooling(name) if kind == "bi" else pooling, _fit(length, backbone))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Token ids and mask [n, length] -> embeddings float32 [n, d], not normalised."""

@@ -26,6 +26,11 @@ NOT_IDENTITY = {
     "micro_batch_size",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_public",
+    "hub_license",
+    "hub_language",
 }
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (

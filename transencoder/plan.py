@@ -197,6 +197,8 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
         trackers(getattr(arguments, "report_to", "none"))
         if getattr(arguments, "carry_over", False):
             raise InputError(f"--recipe {recipe_path}: carry_over: set {DRIVER}.student_start: carry_over instead")
+        if getattr(arguments, "push_to_hub", False):
+            raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
             select_by(arguments)
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)

@@ -162,6 +162,11 @@ def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts:
         temporary.unlink(missing_ok=True)
 
 
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """What `write_scores` was told about the scores; None for another tool's file."""
+    return json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"null"))
+
+
 def check_output(path: Path) -> None:
     """Raise `InputError` if `path` cannot become a Parquet file, before there is anything to lose."""
     if path.suffix != ".parquet" or path.is_dir():
@@ -183,7 +188,7 @@ def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     try:
-        found = json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"null"))
+        found = read_facts(path)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"--output {path}: exists and is not a Parquet file; add --overwrite") from error
     if found is None:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Round:
         path: its folder; None for an ensemble.
         values: task title -> primary metric x 100.
         paper: row of the paper's tables that it is to be compared with.
+        entries: what results.json says of it.
     """
 
     cycle: int
@@ -38,6 +39,7 @@ class Round:
     path: str | None
     values: dict[str, float]
     paper: str | None = None
+    entries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def step(self) -> str:
@@ -46,11 +48,13 @@ class Round:
         return f"cycle {self.cycle}, {kind}" if self.cycle else f"start, {kind}"
 
 
-def collect_rounds(run: Path) -> list[Round]:
+def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
     """Every measured encoder of a run, in the order in which they were made.
 
+    Args:
+        so_far: stop at the first cycle that has not been measured yet.
     Raises:
-        InputError: a cycle of its recipe has not been measured yet.
+        InputError: without `so_far`, such a cycle.
     """
     plan = load_plan(read_recipe(str(run / "recipe.yaml")), str(run / "recipe.yaml"))
     rounds: list[Round] = []
@@ -59,6 +63,8 @@ def collect_rounds(run: Path) -> list[Round]:
         if stopped_before(run, cycle, plan.stop_at):
             break
         if not (folder / "results.json").is_file():
+            if so_far:
+                break
             raise InputError(f"{folder}: no results.json; run_transencoder.sh has not finished there")
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         for kind in ("cross", "bi") if cycle and plan.alternate else ("bi",):
@@ -81,7 +87,7 @@ def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dic
         if len(entry["encoders"]) == 1
         and (entry["encoders"] == [ready] if ready else entry["encoders"][0].endswith(inside))
     ]
-    return Round(cycle, kind, student.name, ready or str(run / inside), _values(own))
+    return Round(cycle, kind, student.name, ready or str(run / inside), _values(own), entries=own)
 
 
 def _ensembles(cycle: int, results: list[dict[str, Any]]) -> list[Round]:

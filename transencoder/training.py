@@ -23,9 +23,10 @@ from transencoder.checkpoints import Checkpoints, check_resumable
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.engines import engine_name, precision, set_batch, splits_weights
-from transencoder.errors import InputError
+from transencoder.errors import InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
+from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import EXIT_CODE, StopSignal
 from transencoder.runtime import as_plain, log, progress_bar, start
 from transencoder.selection import select_by
@@ -99,12 +100,15 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
         stage: the script's name without ".py".
         description: the script's docstring, for --help.
     Raises:
-        InputError: as `parse_stage`, `select_by`, `claim` and `start` do.
+        InputError: as `parse_stage`, `select_by`, `check_hub`, `claim` and `start` do.
     """
     arguments = parse_stage(stage, description)
     select_by(arguments)
+    check_hub(arguments)
     if claim(arguments, stage):
         log(f"{arguments.output_dir} is complete already")
+        if is_first_process():
+            push_stage(arguments)
         sys.exit(0)
     accelerator = start(arguments)
     if arguments.overwrite and accelerator.is_main_process:
@@ -117,13 +121,15 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
 
 
 def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
-    """Mark a training stage's output folder as complete, and say what is in it."""
+    """Mark a training stage's output folder as complete, say what is in it, and push it where that was asked for."""
     if accelerator.is_main_process:
         write_run(arguments, stage, "complete", **facts)
     kept = f"step {facts['kept_step']} of {facts['steps']}"
     by = next((name for name in ("dev", "agreement") if name in facts), None)
     score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
     log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
+    if accelerator.is_main_process:
+        push_stage(arguments)
 
 
 def train(
