@@ -394,6 +394,7 @@ def run_cards(cards):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_cards_own_code_loads_the_models_and_gives_their_scores(server, run):
     assert push(run, dataclasses.replace(TARGET, hub_public=True))
     cards = [ModelCard.load(f"acme/tiny-{kind}").content for kind in ("bi", "cross")]

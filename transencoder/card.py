@@ -211,9 +211,9 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
 
 def called(name: str, facts: CardFacts) -> str:
     """How a card names an encoder: by its repository, by its Hub id and revision, or by the last part of its path."""
-    for end, published in facts.published.items():
+    for end, on_the_hub in facts.published.items():
         if name.endswith(end):
-            return published
+            return on_the_hub
     hub_id, revision = hub_origin(name)
     if hub_id is None:
         return f"`{_shown(name)}`"
