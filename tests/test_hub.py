@@ -585,6 +585,7 @@ def test_the_driver_pushes_beside_the_work_and_unplugging_the_hub_changes_nothin
     shutil.rmtree(other / "cycle-1/bi-encoder")
     (other / "cycle-1/results.json").unlink()
     (other / "hub.json").unlink()
+    server.blobs.clear()  # nothing is there already
     server.on_upload = server.stop
     result = drive("--recipe", recipe, "--output_dir", other, "--push_to_hub", "acme/other")
     assert result.returncode == 0, result.stderr[-3000:]
