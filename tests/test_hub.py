@@ -431,7 +431,7 @@ def test_the_card_says_how_the_model_was_made(server, run):
     text = server.repos["acme/tiny-cross"].at("main").files["README.md"].decode()
     assert "| mine | 40 | 51.00 | 60.00 |" in text and "| mine.dev | 40 | 50.00 | 61.00 |" in text
     assert "*Transductive*: 10 of the 40 pairs of `mine`" in text
-    assert "`mine.dev` chose the checkpoints and the best cycle" in text
+    assert "`mine.dev` was used for choosing" in text
     assert "Teacher: `acme/tiny-bi` at tag `cycle-0`" in text
     assert "Data: 64 distinct pairs, without labels, from `pairs.jsonl`" in text
     assert "This is *cycle 1, cross-encoder*" in text and "| cycle 2, bi-encoder | 62.00 | 65.00 |" in text

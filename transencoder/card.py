@@ -34,11 +34,12 @@ METRICS = {
 METHODS = {
     "train_contrastive": "a language model was tuned so that two views of a sentence are close, and other "
     "sentences far (contrastive learning with InfoNCE).",
-    "distill_bi2cross": "a bi-encoder scored pairs of sentences, and a fresh language model learned these scores as a "
-    "cross-encoder (binary cross-entropy with soft targets).",
-    "distill_cross2bi": "a cross-encoder scored pairs of sentences, and a bi-encoder learned these scores with its "
-    "cosine (mean squared error).",
+    "distill_bi2cross": "the scores that bi-encoders gave pairs of sentences were learned by a language model that reads "
+    "both sentences together ({loss}).",
+    "distill_cross2bi": "the scores that its teachers gave pairs of sentences were learned by a bi-encoder with the "
+    "cosine of its two vectors ({loss}).",
 }
+LOSSES = {"bce": "binary cross-entropy with soft targets", "mse": "mean squared error", None: ""}
 # The rest of run.json's arguments are shown; these are paths, or said elsewhere in the card.
 NOT_SHOWN = {"inputs", "columns", "dev", "data_dir", "seed", "model_name_or_path", "sentences", "scores", "teachers"}
 NOT_SHOWN |= {"pairs"}
@@ -105,7 +106,7 @@ def render_card(facts: CardFacts, target: HubTarget) -> str:
         max_length=tokenizer["model_max_length"],
         results_table=results_table(facts),
         note=facts.note,
-        method=METHODS[run["stage"]],
+        method=METHODS[run["stage"]].format(loss=LOSSES[run["arguments"].get("loss")]),
         making=making(facts, run, labels),
         lineage=facts.lineage,
         plot=facts.plot,
@@ -197,6 +198,8 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
         weights = labels.get("teacher_weights")
         weighted = f", with the weights {', '.join(map(str, weights))}" if weights else ""
         lines.append(f"It learned the teachers' mean score{weighted} (mutual distillation).")
+    if labels.get("lexical_weight"):
+        lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
     if labels.get("both_orders"):
         lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
     sources = ", ".join(f"`{_shown(name)}`" for name in sources_of(arguments, labels))
@@ -205,6 +208,8 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
     kept = f"Checkpoint: step {run['kept_step']} of {run['steps']}"
     if "dev" in run:
         kept += f", the best on `{_shown(arguments['dev'])}` ({run['dev_metric']} {run['dev']:.2f})"
+    elif "agreement" in run:
+        kept += f", which agreed most with the teachers ({run['agreement_metric']} {run['agreement']:.2f})"
     lines.append(f"{kept}; {run['world_size']} process(es), mixed precision {run['mixed_precision']}")
     return lines
 

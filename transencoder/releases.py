@@ -125,7 +125,7 @@ def lineage(rounds: list[Round], this: Round, best: Round) -> str:
 def selection_note(rounds: list[Round]) -> str:
     """What the dev set was used for."""
     dev = dev_of(rounds)
-    return f"`{dev}` chose the checkpoints and the best cycle: its figures are no test results. " if dev else ""
+    return f"`{dev}` was used for choosing: its figures are no test results. " if dev else ""
 
 
 def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
