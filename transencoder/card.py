@@ -34,8 +34,8 @@ METRICS = {
 METHODS = {
     "train_contrastive": "a language model was tuned so that two views of a sentence are close, and other "
     "sentences far (contrastive learning with InfoNCE).",
-    "distill_bi2cross": "the scores that bi-encoders gave pairs of sentences were learned by a language model that reads "
-    "both sentences together ({loss}).",
+    "distill_bi2cross": "the scores that bi-encoders gave pairs of sentences were learned by a language model that "
+    "reads both sentences together ({loss}).",
     "distill_cross2bi": "the scores that its teachers gave pairs of sentences were learned by a bi-encoder with the "
     "cosine of its two vectors ({loss}).",
 }
