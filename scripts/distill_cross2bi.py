@@ -16,7 +16,7 @@ from transencoder.data import SentencePairs
 from transencoder.encoders import BiEncoder, check_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
-from transencoder.losses import BI_LOSSES, rescaled
+from transencoder.losses import BI_LOSSES
 from transencoder.runtime import log
 from transencoder.scoring import pseudo_labels, read_label_pairs
 from transencoder.selection import hold_out, training_rows
@@ -43,7 +43,6 @@ def main() -> None:
         arguments.model_name_or_path, arguments.pooling, arguments.max_length, arguments.dropout
     )
     rows = SentencePairs(labels, encoder.tokenizer, encoder.max_length)
-    rows.scores = rescaled(rows.scores, arguments.rescale)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         first, second = model(**batch["inputs"]).chunk(2)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 
-from transencoder.losses import InfoNCE, bce_targets, cosine_bce, cosine_mse, info_nce, soft_bce, soft_mse
+from transencoder.losses import InfoNCE, bce_targets, cosine_bce, cosine_mse, info_nce, rescaled, soft_bce, soft_mse
 
 # --- step 1 ----------------------------------------------------------------------------------------------------------
 
@@ -157,6 +157,21 @@ def test_targets_never_leave_0_to_1(negatives):
     targets = bce_targets(np.array([-1.0, -0.5, 1.0000001], dtype=np.float32), negatives)
     assert targets.min() >= 0
     assert targets.max() <= 1
+
+
+def test_logistic_scores_spread_over_their_standard_score():
+    # Mean 0.6, deviation sqrt((0.04 + 0.04) / 4) = 0.141421: standard scores -1.414214, 1.414214, 0, 0.
+    # Sigmoid of twice that: 1 / (1 + e^2.828427) = 0.055807, 0.944193, 0.5, 0.5
+    found = rescaled(np.array([0.4, 0.8, 0.6, 0.6]), "logistic")
+    np.testing.assert_allclose(found, [0.055807, 0.944193, 0.5, 0.5], atol=1e-5)
+
+
+def test_scores_that_need_no_other_scale_stay():
+    scores = np.array([0.4, 0.6], dtype=np.float32)
+    assert rescaled(scores, "none") is scores
+    assert rescaled(np.full(3, 0.7, dtype=np.float32), "logistic").tolist() == pytest.approx([0.7] * 3)  # no spread
+    two = rescaled(np.array([0.4, 0.6]), "logistic")
+    assert two.tolist() == pytest.approx([0.119203, 0.880797], abs=1e-5)  # sigmoid of -2, 2
 
 
 # --- step 3 ----------------------------------------------------------------------------------------------------------

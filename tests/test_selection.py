@@ -1,4 +1,4 @@
-"""Choosing without labels, the mean of the weights, and the lexical teacher."""
+"""Choosing without labels, and the lexical teacher."""
 
 import json
 
@@ -7,12 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import launch, random_pairs
-from torch import nn
 
 from transencoder.arguments import parse_stage
-from transencoder.averaging import WeightAverage
 from transencoder.errors import InputError
 from transencoder.lexical import lexical_scores
 from transencoder.selection import agreement, hold_out, select_by, stopped_before, training_rows
@@ -79,7 +76,6 @@ def test_the_kept_checkpoint_agrees_best_with_the_teacher(tiny_bert, tmp_path):
         "distill_cross2bi.py", "--model_name_or_path", tiny_bert, "--pooling", "mean", "--scores", scores,
         "--output_dir", tmp_path / "bi", "--select_by", "agreement", "--num_held_out", 24, "--total_batch_size", 8,
         "--learning_rate", "5e-3", "--num_epochs", 4, "--eval_steps", 2, "--mixed_precision", "no",
-        "--ema_decay", "0.9",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     facts = json.loads((tmp_path / "bi/run.json").read_text())
@@ -87,7 +83,7 @@ def test_the_kept_checkpoint_agrees_best_with_the_teacher(tiny_bert, tmp_path):
     best = max(facts["history"], key=lambda entry: entry["agreement"])
     assert (facts["agreement"], facts["kept_step"]) == (best["agreement"], best["step"])
 
-    # What was saved is what was measured: the mean of the weights, not the last weights.
+    # What was saved is what was measured.
     held_out = hold_out(
         datasets.Dataset.from_dict(table), bi_arguments("--select_by", "agreement", "--num_held_out", 24)
     )
@@ -127,42 +123,6 @@ def test_the_loop_ends_where_the_labels_hardly_change(tmp_path):
         write_scores(tmp_path / f"cycle-{cycle}" / "bi-scores.parquet", scores)  # rank correlations 0.8 and 1
     ended = [[stopped_before(tmp_path, cycle, at) for cycle in (1, 2, 3, 4)] for at in (None, 0.9, 0.75)]
     assert ended == [[False] * 4, [False, False, True, False], [False, True, True, False]]
-
-
-# --- the mean of the weights -----------------------------------------------------------------------------------------
-
-
-def test_weight_average_by_hand():
-    model = nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(1.0)
-    average = WeightAverage(model, decay=0.15)
-    for value in (2.0, 3.0):
-        model.weight.data.fill_(value)
-        average.update()
-    # Step 0: decay 1/10: 0.1 * 1 + 0.9 * 2 = 1.9. Step 1: decay min(0.15, 2/11): 0.15 * 1.9 + 0.85 * 3 = 2.835
-    with average.in_place():
-        assert model.weight.item() == pytest.approx(2.835)
-    assert model.weight.item() == 3.0
-
-    # A checkpoint of it goes on where it was.
-    again = WeightAverage(model, decay=0.15)
-    again.load_state_dict(average.state_dict())
-    for each in (average, again):
-        model.weight.data.fill_(5.0)
-        each.update()
-    assert torch.equal(average.means[0], again.means[0]) and again.steps == 3
-
-
-def test_weight_average_leaves_frozen_weights_alone_and_mends_after_an_error():
-    model = nn.Linear(2, 2)
-    model.bias.requires_grad_(False)
-    average = WeightAverage(model, decay=0.5)
-    assert len(average.means) == 1
-    model.weight.data.fill_(7.0)
-    with pytest.raises(RuntimeError), average.in_place():
-        assert not torch.equal(model.weight, torch.full((2, 2), 7.0))
-        raise RuntimeError
-    assert torch.equal(model.weight, torch.full((2, 2), 7.0))
 
 
 # --- the lexical teacher ---------------------------------------------------------------------------------------------

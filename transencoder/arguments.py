@@ -82,10 +82,6 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
     warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.0)
     weight_decay: float = option("AdamW weight decay (not on biases and norms).", 0.01)
     max_grad_norm: float = option("Gradient clipping.", 1.0)
-    ema_decay: float | None = option(
-        "Measure and keep a running mean of the weights, with this weight of the mean so far in each step (0.99).",
-        None,
-    )
     max_length: int = option("Most tokens of one input; the rest is cut off.", 64)
     dropout: float | None = option("Dropout of the encoder. Default: what its configuration says.", None)
     length_window: int = option(
@@ -162,11 +158,6 @@ class LabelArguments:
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs.", None)
     teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
     num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500)
-    rescale: Literal["none", "minmax", "rank", "logistic"] = option(
-        "Scores before they become targets. minmax: lowest to 0, highest to 1; rank: even steps from 0 to 1; "
-        "logistic: sigmoid of twice the standard score.",
-        "none",
-    )
 
     def __post_init__(self) -> None:
         if bool(self.scores) == bool(self.teachers):
@@ -193,6 +184,10 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
     carry_over: bool = option(
         "The model is a cross-encoder, whose weights and head are trained on; the paper's ablation of a fresh one.",
         False,
+    )
+    rescale: Literal["none", "logistic"] = option(
+        "Scores before they become targets. logistic: sigmoid of twice the standard score, which spreads them.",
+        "none",
     )
     swap: bool = option("Train on (a, b) and on (b, a); switch off where order matters, as in QNLI.", True)
 
@@ -279,7 +274,6 @@ LIMITS = {
     "dropout": (0, 1),
     "drophead": (0, 1),
     "weight_decay": (0, None),
-    "ema_decay": (0, 1),
     "lexical_weight": (0, 1),
 }
 POSITIVE = ("learning_rate", "temperature", "max_grad_norm")

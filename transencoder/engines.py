@@ -99,11 +99,6 @@ def engine_name(accelerator: Accelerator) -> str:
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "plain"
 
 
-def splits_weights(accelerator: Accelerator) -> bool:
-    """Whether a process holds only a part of the model."""
-    return engine_name(accelerator) in ("fsdp", "deepspeed-zero3")
-
-
 def choose_precision(choice: str) -> str:
     """`choice`, or for "auto": what the launcher says, else bf16 where the hardware computes in it."""
     if choice != "auto":

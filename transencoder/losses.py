@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 import torch.nn.functional as F
-from scipy import special, stats
+from scipy import special
 from torch import nn
 
 
@@ -106,20 +106,17 @@ def bce_targets(scores: np.ndarray, negatives: str) -> np.ndarray:
 
 
 def rescaled(scores: np.ndarray, how: str) -> np.ndarray:
-    """A teacher's scores on another scale, in the same order: its range is often narrow, and its middle arbitrary.
+    """A teacher's scores on another scale, in the same order.
+
+    Cosines fill a narrow range around an arbitrary middle, and a student spends its first steps on finding it.
 
     Args:
         scores: float [n].
-        how: "none"; "minmax": linear, lowest to 0, highest to 1; "rank": even steps from 0 to 1, equal scores sharing
-            their mean rank; "logistic": sigmoid of twice the standard score, so that about 95 % lie in 0.02 ... 0.98.
+        how: "none"; or "logistic": sigmoid of twice the standard score, so that the middle is 0.5 and about 95 % of
+            normally distributed scores lie between 0.02 and 0.98.
     """
-    spread = np.ptp(scores)
-    if how == "none" or spread == 0:
+    if how == "none" or np.ptp(scores) == 0:
         return scores
-    if how == "minmax":
-        return (scores - scores.min()) / spread
-    if how == "rank":
-        return ((stats.rankdata(scores) - 1) / (len(scores) - 1)).astype(scores.dtype)
     return special.expit(2 * (scores - scores.mean()) / scores.std())
 
 

@@ -5,7 +5,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from transencoder.arguments import TrainingArguments, parse_stage
-from transencoder.averaging import WeightAverage
 from transencoder.checkpoints import Checkpoints, check_resumable
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.engines import engine_name, precision, set_batch, splits_weights
+from transencoder.engines import engine_name, precision, set_batch
 from transencoder.errors import InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
@@ -115,8 +113,6 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
         shutil.rmtree(Path(arguments.output_dir) / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     check_resumable(arguments.output_dir, accelerator)
-    if arguments.ema_decay and splits_weights(accelerator):
-        raise InputError(f"--ema_decay: not under {engine_name(accelerator)}, which splits the weights over processes")
     return arguments, accelerator
 
 
@@ -190,10 +186,9 @@ class Trainer:
         self.model, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
             encoder, optimizer, scheduler, make_loader(rows, self.sampler)
         )
-        self.average = WeightAverage(self.model, arguments.ema_decay) if arguments.ema_decay else None
         set_seed(arguments.seed, device_specific=True)  # each process its own dropout
         self.progress = Progress(loss_sum=torch.zeros((), device=accelerator.device))
-        accelerator.register_for_checkpointing(self.progress, *filter(None, [self.average]))
+        accelerator.register_for_checkpointing(self.progress)
 
     def run(self) -> dict[str, Any]:
         """All epochs, from the newest checkpoint on if there is one, and the kept model into the output folder."""
@@ -207,8 +202,7 @@ class Trainer:
                 self.train_step(pieces)
                 pause = time.perf_counter()
                 if self.is_time_to_evaluate():
-                    with self.mean_weights():
-                        self.evaluate()
+                    self.evaluate()
                 self.save_if_due(stop)
                 pauses += time.perf_counter() - pause
         self.bar.close()
@@ -246,8 +240,6 @@ class Trainer:
                 self.optimizer.zero_grad()
             progress.loss_sum += loss.detach()
             progress.loss_count += 1
-        if self.average is not None:
-            self.average.update()
         progress.step += 1
         self.bar.update()
         if progress.step % LOG_STEPS == 0:
@@ -290,10 +282,6 @@ class Trainer:
             progress.best, progress.best_step = value, progress.step
             self.keep()
 
-    def mean_weights(self) -> AbstractContextManager[None]:
-        """The context in which the model has the weights that are measured and kept."""
-        return self.average.in_place() if self.average else nullcontext()
-
     def keep(self) -> None:
         """Write the model as it is now as the best so far."""
         state = self.accelerator.get_state_dict(self.model)  # on every process: sharded weights are gathered
@@ -325,8 +313,7 @@ class Trainer:
             )
         if not self.keep_best:
             self.progress.best_step = self.total_steps
-            with self.mean_weights():
-                self.keep()
+            self.keep()
         if self.accelerator.is_main_process:
             move_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
             shutil.rmtree(self.checkpoints.folder)
