@@ -15,10 +15,10 @@ import numpy as np
 from transencoder.arguments import parse_stage
 from transencoder.encoders import check_encoders, inspect_encoder
 from transencoder.errors import one_line_errors
-from transencoder.evaluation import encoder_groups, result_entries, results_table
+from transencoder.evaluation import encoder_groups, log_table, markdown_table, result_entries, result_rows
 from transencoder.files import claim, write_json, write_run, write_text
 from transencoder.paper import check_setting
-from transencoder.runtime import log, start
+from transencoder.runtime import log, start, start_trackers
 from transencoder.scoring import score_with
 from transencoder.tasks import expand_groups, load_task
 
@@ -50,15 +50,17 @@ def main() -> None:
         for place, task in enumerate(tasks):
             mean = np.mean([scores[encoder][place] for encoder in group], axis=0)
             results += result_entries([arguments.encoders[encoder] for encoder in group], task, mean)
-    accelerator.init_trackers("trans-encoder")
+    header, rows = result_rows(results, arguments.paper)
+    start_trackers(accelerator, arguments)
+    log_table(accelerator, "results", header, rows)
     for entry in results:
         name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
         accelerator.log({name: entry["value"]})
     if accelerator.is_main_process:
         write_json(output / "results.json", results)
-        write_text(output / "results.md", results_table(results, arguments.paper))
+        write_text(output / "results.md", markdown_table(header, rows))
         write_run(arguments, STAGE, "complete", world_size=accelerator.num_processes)
-        print(results_table(results, arguments.paper))
+        print(markdown_table(header, rows))
     accelerator.end_training()
 
 

@@ -1,5 +1,6 @@
 """Metrics, and the tables made of them."""
 
+import importlib
 import math
 from typing import Any
 
@@ -129,11 +130,18 @@ def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[
 
 
 def results_table(results: list[dict[str, Any]], paper: str | None = None) -> str:
-    """results.json's entries as a Markdown table: a row for each encoder, a column for each task, and the mean.
+    """What `result_rows` gives as a Markdown table."""
+    return markdown_table(*result_rows(results, paper))
+
+
+def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tuple[list[str], list[list[str]]]:
+    """results.json's entries as a table: a row for each encoder, a column for each task, and the mean.
 
     Args:
         paper: setting of the paper's tables, whose row of the same kind follows each of ours (where there are single
             encoders, each of theirs).
+    Returns:
+        The header, and the rows.
     """
     shown = [entry for entry in results if entry["metric"] in PRIMARY]
     titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
@@ -148,7 +156,7 @@ def results_table(results: list[dict[str, Any]], paper: str | None = None) -> st
         body.append([name, *(shown_value(values.get(title)) for title in titles)])
         body[-1] += [shown_value(float(np.mean(known)) if known else None)] if len(titles) > 1 else []
         body += paper_rows(row_of(paper, kinds[name]), titles) if paper and name in kinds else []
-    return markdown_table(["encoder", *titles, *(["mean"] if len(titles) > 1 else [])], body)
+    return ["encoder", *titles, *(["mean"] if len(titles) > 1 else [])], body
 
 
 def paper_rows(row: str, titles: list[str], tests: list[str] | None = None) -> list[list[str]]:
@@ -172,3 +180,15 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column to the left, numbers to the right."""
     rule = [":---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows]) + "\n"
+
+
+def log_table(accelerator: Accelerator, name: str, header: list[str], rows: list[list[str]]) -> None:
+    """Give every tracker a whole table; the one that knows no tables gets its Markdown, which it shows as a table."""
+    if not accelerator.is_main_process:
+        return
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log({name: markdown_table(header, rows)})
+        else:
+            table = importlib.import_module(tracker.name).Table(columns=header, data=rows)
+            tracker.log({name: table})

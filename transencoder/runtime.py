@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from transencoder.arguments import StageArguments
 from transencoder.engines import accelerate_precision, choose_precision, process_group, set_up_engine
 from transencoder.errors import InputError, is_first_process
 
+PROJECT = "trans-encoder"
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -72,11 +74,20 @@ def quiet_libraries() -> None:
 def trackers(report_to: str) -> list[str]:
     """The trackers to use; raises `InputError` for one that is not installed."""
     installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
+    if report_to == "all" and not installed:
+        raise InputError(f"--report_to all: none is installed; pip install {' or '.join(TRACKERS)}")
     if report_to == "all":
         return installed
     if report_to != "none" and report_to not in installed:
         raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}")
     return [] if report_to == "none" else [report_to]
+
+
+def start_trackers(accelerator: Accelerator, arguments: Any) -> None:
+    """Begin a run in each tracker, named like the output folder, with the stage's arguments as its configuration."""
+    name = "/".join(Path(arguments.output_dir).absolute().parts[1:][-4:])
+    options = {"wandb": {"name": name, "dir": arguments.output_dir}, "trackio": {"name": name}}
+    accelerator.init_trackers(PROJECT, config=as_plain(arguments), init_kwargs=options)
 
 
 def as_plain(arguments: Any) -> dict[str, Any]:

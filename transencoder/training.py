@@ -26,7 +26,7 @@ from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import EXIT_CODE, StopSignal
-from transencoder.runtime import as_plain, log, progress_bar, start
+from transencoder.runtime import log, progress_bar, start, start_trackers
 from transencoder.selection import select_by
 from transencoder.tasks import Task
 
@@ -194,9 +194,9 @@ class Trainer:
         """All epochs, from the newest checkpoint on if there is one, and the kept model into the output folder."""
         self.checkpoints.load_newest()
         self.bar = progress_bar(self.accelerator, self.total_steps, "Training", self.progress.step)
-        self.accelerator.init_trackers("trans-encoder", config=as_plain(self.arguments))
+        start_trackers(self.accelerator, self.arguments)
         self.model.train()
-        first_step, started, pauses = self.progress.step, time.perf_counter(), 0.0
+        self.first_step, self.started, self.pauses = self.progress.step, time.perf_counter(), 0.0
         with StopSignal() as stop:
             for pieces in self.batches():
                 self.train_step(pieces)
@@ -204,11 +204,11 @@ class Trainer:
                 if self.is_time_to_evaluate():
                     self.evaluate()
                 self.save_if_due(stop)
-                pauses += time.perf_counter() - pause
+                self.pauses += time.perf_counter() - pause
         self.bar.close()
-        seconds = time.perf_counter() - started - pauses
+        rate = self.examples_per_second()
         self.finish()
-        return self.facts((self.total_steps - first_step) / seconds)
+        return self.facts(rate)
 
     def batches(self) -> Iterator[list[Batch]]:
         """The batches that are still to come, each as its pieces."""
@@ -253,10 +253,18 @@ class Trainer:
                 f"the loss is {value} at step {step}; lower --learning_rate or use --mixed_precision no"
             )
         self.bar.set_postfix(loss=f"{value:.4f}")
-        rate = self.scheduler.get_last_lr()[0]
-        self.accelerator.log(
-            {"train/loss": value, "train/learning_rate": rate, "train/grad_norm": float(norm)}, step=step
-        )
+        values = {
+            "train/loss": value,
+            "train/learning_rate": self.scheduler.get_last_lr()[0],
+            "train/grad_norm": float(norm),
+            "train/examples_per_second": self.examples_per_second(),
+        }
+        self.accelerator.log(values, step=step)
+
+    def examples_per_second(self) -> float:
+        """The mean since this process began to train; evaluation and checkpoints are not counted."""
+        seconds = time.perf_counter() - self.started - self.pauses
+        return (self.progress.step - self.first_step) * self.arguments.total_batch_size / seconds
 
     def is_time_to_evaluate(self) -> bool:
         """Every `eval_steps`, and at each epoch's end."""
@@ -320,7 +328,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def facts(self, steps_per_second: float) -> dict[str, Any]:
+    def facts(self, examples_per_second: float) -> dict[str, Any]:
         """What happened, for run.json."""
         progress = self.progress
         best = {}
@@ -335,7 +343,7 @@ class Trainer:
             gradient_accumulation_steps=self.pieces,
             engine=engine_name(self.accelerator),
             mixed_precision=precision(self.accelerator),
-            examples_per_second=round(steps_per_second * self.arguments.total_batch_size, 1),
+            examples_per_second=round(examples_per_second, 1),
             resumed_at_steps=progress.resumed_at,
             history=progress.history,
         )
