@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from transencoder.encoders import BiEncoder, CrossEncoder, inspect_encoder, load_encoder
+from transencoder.export import export_onnx
 from transencoder.files import MODEL_FILES
 from transencoder.scoring import PreparedPairs, score_prepared
 
@@ -216,3 +217,10 @@ def test_the_rest_of_the_batch_changes_no_score(start, kind):
     together = scores_of(encoder)
     alone = [scores_of(encoder, [pair])[0] for pair in PAIRS[:4]]
     np.testing.assert_allclose(together[:4], alone, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bi", "cross"])
+def test_every_architecture_can_be_exported(start, kind, tmp_path):
+    encoder = BiEncoder.from_pretrained(start, "mean") if kind == "bi" else CrossEncoder.from_pretrained(start)
+    assert export_onnx(encoder, tmp_path / "onnx") < 1e-4

@@ -253,7 +253,7 @@ class BiEncoder(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Token ids and mask [n, length] -> embeddings float32 [n, d], not normalised."""
-        states = self.backbone(**_accepted(self.backbone, inputs)).last_hidden_state.float()
+        states = self.backbone(**accepted_inputs(self.backbone, inputs)).last_hidden_state.float()
         if self.pooling == "cls":
             embeddings = states[:, 0]
         else:
@@ -310,7 +310,7 @@ class CrossEncoder(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Token ids, mask and types [n, length] -> logits float32 [n]."""
-        return self.backbone(**_accepted(self.backbone, inputs)).logits.squeeze(-1).float()
+        return self.backbone(**accepted_inputs(self.backbone, inputs)).logits.squeeze(-1).float()
 
     def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write a plain sequence classifier. `state`: this model's gathered weights, where they are sharded."""
@@ -394,7 +394,7 @@ def _layer_classes(backbone: PreTrainedModel) -> list[str]:
     return sorted({type(layer).__name__ for layer in longest})
 
 
-def _accepted(backbone: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def accepted_inputs(backbone: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Only the inputs that the model takes: DistilBERT, for one, knows no token types."""
     names = inspect.signature(backbone.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}

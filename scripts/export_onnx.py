@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Write a bi- or cross-encoder as an ONNX file, and check that it gives the same scores.
+
+python scripts/export_onnx.py runs/quickstart/best/bi-encoder exported/bi-encoder
+
+The file's inputs are what the tokenizer beside it makes. Its output is `sentence_embedding` (compare two by their
+cosine) or `logits` (their sigmoid is the score). Needs onnx, onnxscript and onnxruntime.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from transencoder.arguments import StageParser
+from transencoder.encoders import check_encoders, load_encoder
+from transencoder.errors import InputError, one_line_errors
+from transencoder.export import ONNX_FILE, check_packages, export_onnx
+from transencoder.runtime import log, quiet_libraries
+
+
+def parse() -> argparse.Namespace:
+    parser = StageParser((), __doc__)
+    parser.add_argument("encoder", help="folder or Hub id")
+    parser.add_argument("output_dir", type=Path, help="new folder for the file and the tokenizer")
+    parser.add_argument("--pooling", choices=("cls", "mean"), help="only for a plain language model")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser.parse_args()
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse()
+    quiet_libraries()
+    check_packages()
+    folder = arguments.output_dir
+    if folder.exists() and not (arguments.overwrite and (folder / ONNX_FILE).is_file()):
+        advice = "add --overwrite or " if (folder / ONNX_FILE).is_file() else ""
+        raise InputError(f"{folder}: exists; {advice}choose another folder")
+    check_encoders([arguments.encoder], arguments.pooling)
+
+    difference = export_onnx(load_encoder(arguments.encoder, arguments.pooling), folder)
+    log(f"{folder / ONNX_FILE}: the scores of the original, but for {difference:.1g}")
+
+
+if __name__ == "__main__":
+    main()
