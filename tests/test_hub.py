@@ -103,7 +103,7 @@ def finished(tiny_bert, corpus, tmp_path_factory):
         cross, bi = folder / "cross-encoder" / "one", folder / "bi-encoder" / "one"
         for kind, model, base, taught_by in (("cross", cross, tiny_bert, teacher), ("bi", bi, start, cross)):
             scores = folder / f"{'bi' if kind == 'cross' else 'cross'}-scores.parquet"
-            facts = {"encoders": [str(taught_by)], "pairs": [str(corpus / "pairs.jsonl")], "both_orders": kind == "bi"}
+            facts = {"encoders": [str(taught_by)], "pairs": [str(corpus / "pairs.jsonl")], "both_orders": True}
             write_scores(scores, pairs, np.linspace(0, 1, len(pairs), dtype=np.float32), facts)
             save_encoder(kind, tiny_bert, model, 10 * cycle + (kind == "bi"))
             stage = "distill_bi2cross" if kind == "cross" else "distill_cross2bi"
@@ -437,6 +437,7 @@ def test_the_card_says_how_the_model_was_made(server, run):
     assert "This is *cycle 1, cross-encoder*" in text and "| cycle 2, bi-encoder | 62.00 | 65.00 |" in text
     assert "seed 7" in text and "| `swap` | True |" in text and torch.__version__ in text
     assert "![score against half-cycle](progress.png)" in text and "liu2022transencoder" in text
+    assert "scored (a, b) and (b, a)" not in text  # its teacher is a bi-encoder
     assert str(run.parent) not in text and str(Path.home()) not in text
     bi = server.repos["acme/tiny-bi"].at("main").files["README.md"].decode()
     assert "Teacher: `acme/tiny-cross` at tag `cycle-1`" in bi and "scored (a, b) and (b, a)" in bi
@@ -458,6 +459,13 @@ def test_licence_language_and_revision_are_the_base_models(server, run, tiny_ber
     assert loaded.data.license == "mit" and loaded.data.language == "en"
     assert loaded.data.base_model == "org/base" and loaded.data.to_dict()["base_model_relation"] == "finetune"
     assert f"Start: `org/base` at revision `{server.repos['org/base'].commits[-1].oid}`" in loaded.content
+
+
+def test_a_folder_that_is_not_there_is_not_taken_for_a_model_of_the_hub(server):
+    server.create("org/base", {"config.json": b"{}"}, private=False)
+    assert card.hub_origin("org/base") == ("org/base", None)
+    for name in ("runs/elsewhere", ".models/bert-tiny", "/gone/bert"):
+        assert card.hub_origin(name) == (None, None)
 
 
 def test_a_card_that_the_hub_refuses_is_one_line(server, run, capsys):

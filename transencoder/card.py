@@ -8,7 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pyarrow.parquet as pq
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 import transencoder
@@ -200,7 +200,7 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
         lines.append(f"It learned the teachers' mean score{weighted} (mutual distillation).")
     if labels.get("lexical_weight"):
         lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
-    if labels.get("both_orders"):
+    if labels.get("both_orders") and run["stage"] == "distill_cross2bi":
         lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
     sources = ", ".join(f"`{_shown(name)}`" for name in sources_of(arguments, labels))
     seen = f"{labels['rows']:,} distinct pairs" if labels else f"{run['examples']:,} distinct sentences"
@@ -221,7 +221,7 @@ def called(name: str, facts: CardFacts) -> str:
             return on_the_hub
     hub_id, revision = hub_origin(name)
     if hub_id is None:
-        return f"`{_shown(name)}`"
+        return f"`{Path(name).name}`"
     return f"`{hub_id}`" + (f" at revision `{revision}`" if revision else "")
 
 
@@ -232,13 +232,19 @@ def _shown(name: str) -> str:
 
 
 def hub_origin(name: str) -> tuple[str | None, str | None]:
-    """Hub id and revision of an encoder that came from there, as far as its name and the local cache tell."""
+    """Hub id and revision of an encoder that came from there; the cache knows the revision that was used.
+
+    A name may also be a folder of another machine, or be told from another working directory: the Hub itself is asked.
+    """
     path = Path(name)
     if not path.exists():
-        if not is_hub_id(name):
+        try:
+            cached = huggingface_hub.try_to_load_from_cache(name, "config.json") if is_hub_id(name) else None
+        except HFValidationError:
             return None, None
-        cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
-        return name, Path(cached).parent.name if isinstance(cached, str) else None
+        if isinstance(cached, str):
+            return name, Path(cached).parent.name
+        return (name, None) if is_hub_id(name) and HfApi().repo_exists(name) else (None, None)
     snapshot = SNAPSHOT.search(str(path.absolute()))
     return (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (None, None)
 

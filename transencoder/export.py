@@ -6,13 +6,14 @@ torch's own exporter does it: the newest release of Optimum (optimum-onnx 0.1.0)
 import importlib.util
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from transencoder.encoders import BiEncoder, CrossEncoder, accepted_inputs
+from transencoder.encoders import BiEncoder, CrossEncoder, Kind, accepted_inputs
 from transencoder.errors import InputError
 from transencoder.files import write_folder
 
@@ -115,7 +116,7 @@ def greatest_difference(encoder: BiEncoder | CrossEncoder, path: Path) -> float:
     return float(max(differences))
 
 
-def _scores(kind: str, run: object, pairs: list[tuple[str, str]]) -> np.ndarray:
+def _scores(kind: Kind, run: Callable[[list], torch.Tensor], pairs: list[tuple[str, str]]) -> np.ndarray:
     """Cosines or sigmoids, float32 [pairs]."""
     if kind == "cross":
         return run([list(pair) for pair in pairs]).sigmoid().numpy()
