@@ -19,7 +19,7 @@ from transencoder.evaluation import encoder_groups, log_table, markdown_table, r
 from transencoder.files import claim, write_json, write_run, write_text
 from transencoder.paper import check_setting
 from transencoder.runtime import log, start, start_trackers
-from transencoder.scoring import score_with
+from transencoder.scoring import Teachers, score_with
 from transencoder.tasks import expand_groups, load_task
 
 STAGE = "evaluate_encoders"
@@ -41,7 +41,7 @@ def main() -> None:
 
     sets = [task.pairs for task in tasks]
     scores = [
-        score_with([name], sets, accelerator, arguments.eval_batch_tokens, arguments.pooling)
+        score_with(Teachers([name], pooling=arguments.pooling), sets, accelerator, arguments.eval_batch_tokens)
         for name in arguments.encoders
     ]
     kinds = [inspect_encoder(name) for name in arguments.encoders]

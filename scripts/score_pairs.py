@@ -14,7 +14,7 @@ from transencoder.encoders import check_encoders
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
 from transencoder.runtime import log, start
-from transencoder.scoring import check_output, score_to_file, scores_are_there
+from transencoder.scoring import Teachers, check_output, score_to_file, scores_are_there
 from transencoder.tables import read_pairs
 
 
@@ -31,18 +31,15 @@ def main() -> None:
     pairs = read_pairs(arguments.pairs, columns=arguments.columns, drop_duplicates=arguments.drop_duplicates)
     log(f"{len(pairs)} pairs")
 
-    scores = score_to_file(
+    teachers = Teachers(
         arguments.encoders,
-        pairs,
-        output,
-        accelerator,
-        arguments.eval_batch_tokens,
+        arguments.teacher_weights,
         arguments.pooling,
         arguments.both_orders,
         arguments.lexical_weight,
-        facts,
-        arguments.teacher_weights,
     )
+    batch_tokens, shard_rows = arguments.eval_batch_tokens, arguments.shard_rows
+    scores = score_to_file(teachers, pairs, output, accelerator, batch_tokens, shard_rows, facts)
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     accelerator.end_training()
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it when they are imported
 
@@ -163,34 +164,26 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(script: str, *words: object, processes: int = 1, direct: bool = False) -> subprocess.CompletedProcess:
-    """Run a script: through `accelerate launch` with one or two processes, or `direct`ly with Python."""
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
-    if processes == 1:
-        launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
-    else:
-        # "--cpu --num_processes 2" would silently run one process.
-        launcher += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+def launch_command(script: str, *words: object, processes: int = 1, direct: bool = False, config: str = "") -> dict:
+    """`args` and `env` of a subprocess that runs a script: through `accelerate launch`, or `direct`ly with Python.
+
+    Args:
+        config: name of one of `accelerate_configs/`; by default cpu for one process, multi_gpu (over gloo) for more.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    config = config or ("cpu" if processes == 1 else "multi_gpu")
+    if config in ("cpu", "multi_gpu"):
+        environment["ACCELERATE_USE_CPU"] = "true"  # "--cpu --num_processes 2" would silently run one process
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+    launcher += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     command = [sys.executable] if direct else launcher
-    return subprocess.run(
-        [*command, str(ROOT / "scripts" / script), *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return {"args": [*command, str(ROOT / "scripts" / script), *map(str, words)], "env": environment}
+
+
+def launch(script: str, *words: object, **how: Any) -> subprocess.CompletedProcess:
+    """Run a script to its end; `how` as for `launch_command`."""
+    return subprocess.run(**launch_command(script, *words, **how), capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture

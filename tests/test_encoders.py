@@ -42,7 +42,7 @@ from transencoder.encoders import (
     load_encoder,
 )
 from transencoder.errors import InputError
-from transencoder.scoring import PreparedPairs, score_prepared, score_with
+from transencoder.scoring import PreparedPairs, Teachers, score_prepared, score_with
 
 PAIRS = [(row["sentence1"], row["sentence2"]) for row in random_pairs(24)]
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
@@ -423,9 +423,9 @@ def test_scoring_leaves_the_training_mode_as_it_was(bi_folder):
 def test_several_encoders_give_their_mean_score(bi_folder, cross_folder):
     table, accelerator = pairs_table(), plain_accelerator()
     names = [str(bi_folder), str(cross_folder)]
-    (first,), (second,) = (score_with([name], [table], accelerator, 256) for name in names)
-    both, part = score_with(names, [table, table.select([5, 2])], accelerator, 256)
-    (weighted,) = score_with(names, [table], accelerator, 256, weights=[1, 3])
+    (first,), (second,) = (score_with(Teachers([name]), [table], accelerator, 256) for name in names)
+    both, part = score_with(Teachers(names), [table, table.select([5, 2])], accelerator, 256)
+    (weighted,) = score_with(Teachers(names, weights=[1, 3]), [table], accelerator, 256)
     np.testing.assert_allclose(weighted, 0.25 * first + 0.75 * second, atol=1e-6)
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
     np.testing.assert_allclose(part, both[[5, 2]], atol=1e-5)

@@ -5,6 +5,7 @@ import json
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -439,8 +440,8 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
     path = tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
 
-    def fail(table: pa.Table, target: Path) -> None:
-        Path(target).write_bytes(b"half")
+    def fail(table: pa.Table, target: BinaryIO) -> None:
+        target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr("transencoder.scoring.pq.write_table", fail)

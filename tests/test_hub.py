@@ -28,7 +28,7 @@ from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.files import write_json, write_run
 from transencoder.plan import load_plan
-from transencoder.scoring import score_with, write_scores
+from transencoder.scoring import Teachers, score_with, write_scores
 from transencoder.tables import read_pairs
 
 TARGET = HubTarget(hub_model_id="acme/tiny")
@@ -403,7 +403,7 @@ def test_the_cards_own_code_loads_the_models_and_gives_their_scores(server, run)
     pairs = read_pairs([str(write_jsonl(run / "pair.jsonl", pair))])
     expected = []
     for folder in ("cycle-1/bi-encoder/one", "cycle-1/cross-encoder/one", "cycle-2/bi-encoder/one"):
-        expected += 2 * [float(score_with([str(run / folder)], [pairs], Accelerator(cpu=True), 4096)[0][0])]
+        expected += 2 * [float(score_with(Teachers([str(run / folder)]), [pairs], Accelerator(cpu=True), 4096)[0][0])]
     assert len(set(expected)) == 3
     # By sentence-transformers and by transformers alone, for each card.
     assert run_cards([*cards, tagged]) == pytest.approx(expected, abs=1e-6)

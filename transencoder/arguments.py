@@ -150,7 +150,16 @@ class ContrastiveArguments(TrainingArguments):
 
 
 @dataclass
-class LabelArguments:
+class ShardArguments:
+    """How often a long scoring is saved."""
+
+    shard_rows: int = option(
+        "Inputs after which what is scored is kept on disk, to go on from after a crash or a signal.", 65536
+    )
+
+
+@dataclass
+class LabelArguments(ShardArguments):
     """Where a student's pseudo-labels come from: a file of scores, or teachers that score the pairs first."""
 
     scores: str | None = option("Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them.", None)
@@ -206,7 +215,7 @@ class Cross2BiArguments(LabelArguments, TrainingArguments):
 
 
 @dataclass
-class ScoringArguments(StageArguments):
+class ScoringArguments(ShardArguments, StageArguments):
     """Labelling, and scoring a file."""
 
     encoders: list[str] = option("Bi- and cross-encoders, whose scores are averaged: folders or Hub ids.")
@@ -264,6 +273,7 @@ LIMITS = {
     "checkpointing_steps": (0, None),
     "checkpoints_total_limit": (1, None),
     "eval_batch_tokens": (1, None),
+    "shard_rows": (1, None),
     "length_window": (1, None),
     "mask_characters": (1, None),
     "num_sentences": (2, None),

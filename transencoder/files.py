@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -31,6 +31,7 @@ NOT_IDENTITY = {
     "hub_public",
     "hub_license",
     "hub_language",
+    "shard_rows",
 }
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (
@@ -63,9 +64,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 `text` to `path` by way of a temporary name."""
+    write_file(path, lambda stream: stream.write(text.encode()))
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, and put it in the place of `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("wb") as stream:
+            write(stream)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

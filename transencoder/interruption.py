@@ -1,9 +1,13 @@
 """Stopping when the system asks for it: finish what is in hand, save, exit with a code that says "run me again"."""
 
 import signal
+import sys
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from accelerate import Accelerator
+
+from transencoder.runtime import log
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # SLURM's warning before a time limit (sbatch --signal), and its last word
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, worth another try
@@ -31,3 +35,10 @@ class StopSignal:
         if self.received:
             accelerator.set_trigger()
         return accelerator.check_trigger()
+
+
+def stop_here(accelerator: Accelerator, what: str) -> NoReturn:
+    """End the process with `EXIT_CODE`. `what`: how far it came."""
+    log(f"stopped by a signal after {what}; the same command goes on from there")
+    accelerator.end_training()
+    sys.exit(EXIT_CODE)

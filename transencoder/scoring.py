@@ -1,9 +1,9 @@
 """Encoders and pairs -> scores, sharded over processes; a bi-encoder sees each sentence once."""
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
 from transencoder.engines import autocast
 from transencoder.errors import InputError
-from transencoder.files import difference
+from transencoder.files import difference, identity, write_file
+from transencoder.interruption import StopSignal, stop_here
 from transencoder.lexical import lexical_scores
+from transencoder.parts import Parts
 from transencoder.runtime import progress_bar
 from transencoder.tables import PAIRS, SENTENCES, read_pairs
 
@@ -60,32 +62,61 @@ def run_sharded(
     model: nn.Module,
     encoder: BiEncoder | CrossEncoder,
     tokens: TokenRows,
+    rows: np.ndarray,
     accelerator: Accelerator,
     batch_tokens: int,
     title: str,
 ) -> torch.Tensor:
-    """The model's output for every row, on every process: float32 [rows] or [rows, d].
+    """The model's output for `rows`, on every process: float32 [rows] or [rows, d].
 
     Every process runs the same number of forward passes (a short process repeats its last batch and drops the result),
     as sharded models need; the parts are put together by a sum over processes, each row being filled by one of them.
     """
-    batches = list(token_batches(tokens.lengths, batch_tokens))
+    batches = list(token_batches(tokens.lengths[rows], batch_tokens))
     rounds = -(-len(batches) // accelerator.num_processes)
     filled: torch.Tensor | None = None
     bar = progress_bar(accelerator, rounds, title)
     for round_ in range(rounds):
         mine = round_ * accelerator.num_processes + accelerator.process_index
-        rows = batches[min(mine, len(batches) - 1)]
-        inputs = {name: value.to(accelerator.device) for name, value in pad(tokens, rows, encoder.tokenizer).items()}
+        batch = batches[min(mine, len(batches) - 1)]
+        inputs = pad(tokens, rows[batch], encoder.tokenizer)
         with autocast(accelerator):
-            outputs = model(**inputs)
+            outputs = model(**{name: value.to(accelerator.device) for name, value in inputs.items()})
         if filled is None:
-            filled = torch.zeros((len(tokens), *outputs.shape[1:]), dtype=torch.float32, device=outputs.device)
+            filled = torch.zeros((len(rows), *outputs.shape[1:]), dtype=torch.float32, device=outputs.device)
         if mine < len(batches):
-            filled[torch.from_numpy(rows).to(filled.device)] = outputs
+            filled[torch.from_numpy(batch).to(filled.device)] = outputs
         bar.update()
     bar.close()
     return accelerator.reduce(filled, "sum") if accelerator.num_processes > 1 else filled
+
+
+def run_in_parts(
+    model: nn.Module,
+    tokens: TokenRows,
+    accelerator: Accelerator,
+    batch_tokens: int,
+    title: str,
+    parts: Parts,
+    name: str,
+) -> torch.Tensor:
+    """`run_sharded` for all rows, part by part: each is kept on disk when it is done, and never computed again.
+
+    A signal to stop is obeyed at the end of a part.
+    """
+    outputs, starts = [], range(0, len(tokens), parts.rows)
+    with StopSignal() as stop:
+        for number, start in enumerate(starts):
+            rows = np.arange(start, min(start + parts.rows, len(tokens)))
+            part = parts.load(name, number, len(rows))
+            if part is None:
+                where = f"{title} ({number + 1} of {len(starts)})" if len(starts) > 1 else title
+                part = run_sharded(model, model, tokens, rows, accelerator, batch_tokens, where).cpu().numpy()
+                parts.save(name, number, part)
+                if number + 1 < len(starts) and stop.on_any_process(accelerator):
+                    stop_here(accelerator, f"part {number + 1} of {len(starts)} ({title})")
+            outputs.append(torch.from_numpy(part))
+    return torch.cat(outputs)
 
 
 def score_prepared(
@@ -97,14 +128,26 @@ def score_prepared(
         model: a bi- or cross-encoder, as it is or as `accelerator.prepare` returned it.
         batch_tokens: tokens, padding included, in one forward pass.
     Returns:
-        float32 [pairs], the same on every process: cosines in [-1, 1], or sigmoids of the logits, taken in float32
-        because half precision ties the scores near 0 and 1.
+        float32 [pairs], the same on every process; see `as_scores`.
     """
     encoder = accelerator.unwrap_model(model)
     training = model.training
     model.eval()
-    outputs = run_sharded(model, encoder, prepared.tokens, accelerator, batch_tokens, title)
+    rows = np.arange(len(prepared.tokens))
+    outputs = run_sharded(model, encoder, prepared.tokens, rows, accelerator, batch_tokens, title)
     model.train(training)
+    return as_scores(encoder, prepared, outputs)
+
+
+def as_scores(encoder: BiEncoder | CrossEncoder, prepared: PreparedPairs, outputs: torch.Tensor) -> np.ndarray:
+    """Scores from what the encoder made of the prepared rows.
+
+    Args:
+        outputs: float32 [sentences, d], embeddings, or [pairs], logits.
+    Returns:
+        float32 [pairs]: cosines in [-1, 1], or sigmoids of the logits, taken in float32 because half precision ties
+        the scores near 0 and 1.
+    """
     if encoder.kind == "cross":
         return outputs.sigmoid().cpu().numpy()
     embeddings = torch.nn.functional.normalize(outputs, dim=-1)
@@ -116,35 +159,63 @@ def score_prepared(
     return torch.cat(cosines).numpy()
 
 
-def score_with(
-    names: list[str],
-    sets: list[datasets.Dataset],
-    accelerator: Accelerator,
-    batch_tokens: int,
-    pooling: str | None = None,
-    both_orders: bool = False,
-    weights: list[float] | None = None,
-) -> list[np.ndarray]:
-    """Mean scores of several encoders, loaded one after another. This mean is all there is to mutual distillation.
+@dataclass
+class Teachers:
+    """Encoders whose mean score is taken. This mean is all there is to mutual distillation.
 
     Args:
         names: folders or Hub ids of bi- and cross-encoders.
-        sets: sets of pairs.
-        both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
         weights: of the encoders in the mean, in any unit; equal by default.
+        pooling: of those that are plain language models.
+        both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
+        lexical_weight: share of `lexical_scores` in the score.
+    """
+
+    names: list[str]
+    weights: list[float] | None = None
+    pooling: str | None = None
+    both_orders: bool = False
+    lexical_weight: float = 0.0
+
+    def shares(self) -> np.ndarray:
+        """The weights as parts of one."""
+        weights = np.ones(len(self.names)) if self.weights is None else np.asarray(self.weights)
+        return weights / weights.sum()
+
+
+def score_with(
+    teachers: Teachers,
+    sets: list[datasets.Dataset],
+    accelerator: Accelerator,
+    batch_tokens: int,
+    parts: Parts | None = None,
+) -> list[np.ndarray]:
+    """Mean scores of the encoders, which are loaded one after another.
+
+    Args:
+        sets: sets of pairs.
+        parts: where what is done is kept, for a single set.
     Returns:
         For each set, float32 [pairs].
     """
     totals = [np.zeros(len(pairs)) for pairs in sets]
-    shares = np.ones(len(names)) if weights is None else np.asarray(weights)
-    for name, share in zip(names, shares / shares.sum(), strict=True):
-        encoder = load_encoder(name, pooling).to(accelerator.device)
+    for number, (name, share) in enumerate(zip(teachers.names, teachers.shares(), strict=True)):
+        encoder = load_encoder(name, teachers.pooling).to(accelerator.device).eval()
+        title = f"Scoring with {Path(name).name}"
         for total, pairs in zip(totals, sets, strict=True):
-            orders = [pairs, turned(pairs)] if both_orders and encoder.kind == "cross" else [pairs]
-            for order in orders:
+            orders = [pairs, turned(pairs)] if teachers.both_orders and encoder.kind == "cross" else [pairs]
+            for turn, order in enumerate(orders):
                 prepared = PreparedPairs(encoder, order)
-                title = f"Scoring with {Path(name).name}"
-                total += share / len(orders) * score_prepared(encoder, prepared, accelerator, batch_tokens, title)
+                if parts is None:
+                    scores = score_prepared(encoder, prepared, accelerator, batch_tokens, title)
+                else:
+                    label = f"encoder-{number}-{turn}"
+                    outputs = run_in_parts(encoder, prepared.tokens, accelerator, batch_tokens, title, parts, label)
+                    scores = as_scores(encoder, prepared, outputs)
+                total += share / len(orders) * scores
+    weight = teachers.lexical_weight
+    if weight:
+        totals = [(1 - weight) * total + weight * lexical_scores(p) for total, p in zip(totals, sets, strict=True)]
     return [total.astype(np.float32) for total in totals]
 
 
@@ -154,12 +225,7 @@ def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts:
     table = pa.table(
         [pa.chunked_array(in_order(pairs).data.column(name).chunks) for name in PAIRS] + [scores], names=names
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, lambda stream: pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), stream))
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
@@ -225,35 +291,32 @@ def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerato
     """
     if arguments.scores:
         return pairs
-    path = Path(arguments.output_dir) / "teacher-scores.parquet"
-    score_to_file(
-        arguments.teachers, pairs, path, accelerator, arguments.eval_batch_tokens, weights=arguments.teacher_weights
-    )
+    path, facts = Path(arguments.output_dir) / "teacher-scores.parquet", identity(arguments)
+    if arguments.overwrite or not scores_are_there(path, facts):
+        teachers = Teachers(arguments.teachers, arguments.teacher_weights)
+        score_to_file(teachers, pairs, path, accelerator, arguments.eval_batch_tokens, arguments.shard_rows, facts)
     return read_pairs([str(path)], "score")
 
 
 def score_to_file(
-    names: list[str],
+    teachers: Teachers,
     pairs: datasets.Dataset,
     path: Path,
     accelerator: Accelerator,
     batch_tokens: int,
-    pooling: str | None = None,
-    both_orders: bool = False,
-    lexical_weight: float = 0.0,
-    facts: dict[str, Any] | None = None,
-    weights: list[float] | None = None,
+    shard_rows: int,
+    facts: dict[str, Any],
 ) -> np.ndarray:
-    """Score `pairs` with the mean of the encoders, write `path` from the first process, and return the scores.
+    """Score `pairs`, write `path` from the first process, and return the scores.
 
     Args:
-        lexical_weight: share of `lexical_scores` in the score.
-        weights: of the encoders in their mean; equal by default.
+        shard_rows: inputs after which what is done is kept on disk, for a run that is interrupted.
+        facts: what the scores depend on; they go into the file's metadata.
     """
-    (scores,) = score_with(names, [pairs], accelerator, batch_tokens, pooling, both_orders, weights)
-    if lexical_weight:
-        scores = (1 - lexical_weight) * scores + lexical_weight * lexical_scores(pairs)
+    parts = Parts(path, facts, shard_rows, accelerator)
+    (scores,) = score_with(teachers, [pairs], accelerator, batch_tokens, parts)
     if accelerator.is_main_process:
-        write_scores(path, pairs, scores, {**(facts or {"encoders": names}), "world_size": accelerator.num_processes})
+        write_scores(path, pairs, scores, {**facts, "world_size": accelerator.num_processes})
+    parts.remove()
     accelerator.wait_for_everyone()
     return scores

@@ -25,7 +25,7 @@ from transencoder.errors import InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
-from transencoder.interruption import EXIT_CODE, StopSignal
+from transencoder.interruption import StopSignal, stop_here
 from transencoder.runtime import log, progress_bar, start, start_trackers
 from transencoder.selection import select_by
 from transencoder.tasks import Task
@@ -309,9 +309,7 @@ class Trainer:
             self.checkpoints.save(step, self.progress.best_step)
         if stopping:
             self.bar.close()
-            log(f"stopped by a signal after step {step} of {self.total_steps}; the same command goes on from there")
-            self.accelerator.end_training()
-            sys.exit(EXIT_CODE)
+            stop_here(self.accelerator, f"step {step} of {self.total_steps}")
 
     def finish(self) -> None:
         """Move the kept checkpoint to where it belongs."""
