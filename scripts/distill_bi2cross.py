@@ -18,8 +18,9 @@ from transencoder.encoders import CrossEncoder, check_cross_encoder, check_langu
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
 from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
+from transencoder.pools import swap_of
 from transencoder.runtime import log
-from transencoder.scoring import pseudo_labels, read_label_pairs
+from transencoder.scoring import order_matters, pseudo_labels, read_label_pairs
 from transencoder.selection import hold_out, training_rows
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, begin, count_pieces, finish, train
@@ -34,7 +35,8 @@ def main() -> None:
     (check_cross_encoder if arguments.carry_over else check_language_model)(arguments.model_name_or_path)
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments)
-    examples = training_rows(len(pairs), arguments) * (2 if arguments.swap else 1)
+    swap = swap_of(arguments.swap, order_matters(arguments))
+    examples = training_rows(len(pairs), arguments) * (2 if swap else 1)
     count_pieces(examples, arguments, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running")
@@ -42,14 +44,14 @@ def main() -> None:
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
     encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
-    rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, arguments.swap)
+    rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, swap)
     rows.scores = bce_targets(rescaled(rows.scores, arguments.rescale), arguments.negatives)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         return CROSS_LOSSES[arguments.loss](model(**batch["inputs"]), batch["scores"])
 
     facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
-    finish(accelerator, arguments, STAGE, facts)
+    finish(accelerator, arguments, STAGE, {**facts, "swap": swap})
 
 
 if __name__ == "__main__":

@@ -13,22 +13,25 @@ from transencoder.arguments import parse_stage
 from transencoder.encoders import check_encoders
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
+from transencoder.pools import check_both_orders, is_ordered, read_pool
 from transencoder.runtime import log, start
 from transencoder.scoring import Teachers, check_output, score_to_file, scores_are_there
-from transencoder.tables import read_pairs
 
 
 @one_line_errors
 def main() -> None:
     arguments = parse_stage("score_pairs", __doc__)
     output, facts = Path(arguments.output), identity(arguments)
+    ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
+    facts |= {"ordered": True} if ordered else {}
+    check_both_orders(arguments.both_orders, ordered)
     check_output(output)
     if not arguments.overwrite and scores_are_there(output, facts):
         return log(f"{output} is complete already")
     accelerator = start(arguments)
 
     check_encoders(arguments.encoders, arguments.pooling)
-    pairs = read_pairs(arguments.pairs, columns=arguments.columns, drop_duplicates=arguments.drop_duplicates)
+    pairs = read_pool(arguments, arguments.drop_duplicates)
     log(f"{len(pairs)} pairs")
 
     teachers = Teachers(

@@ -15,8 +15,9 @@ from transencoder.encoders import BiEncoder, MLPHead, add_drophead, check_langua
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
 from transencoder.losses import InfoNCE
+from transencoder.pools import read_sentence_pool
 from transencoder.runtime import log
-from transencoder.tables import read_sentences, sample
+from transencoder.tables import sample
 from transencoder.tasks import load_dev
 from transencoder.training import begin, count_pieces, finish, train
 
@@ -30,7 +31,8 @@ def main() -> None:
     # Everything that can be wrong with the input, before any weights are loaded.
     check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)
-    sentences = sample(read_sentences(arguments.sentences, arguments.columns), arguments.num_sentences, arguments.seed)
+    sentences = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
+    sentences = sample(sentences, arguments.num_sentences, arguments.seed)
     count_pieces(len(sentences), arguments, accelerator.num_processes)
     log(f"{len(sentences)} distinct sentences")
     write_run(arguments, STAGE, "running")

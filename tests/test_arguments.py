@@ -115,10 +115,11 @@ def test_an_empty_section_is_the_same_as_no_keys(recipe, text):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [([], True), (["--swap", "false"], False), (["--swap", "True"], True), (["--swap"], True), (["--no_swap"], False)],
+    [([], (None, False)), (["--swap", "false"], (False, False)), (["--swap", "True", "--carry_over"], (True, True))],
 )
 def test_booleans(words, expected):
-    assert parse_stage("distill_bi2cross", argv=[*CROSS, *words]).swap is expected
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, *words])
+    assert (arguments.swap, arguments.carry_over) == expected
 
 
 def test_the_methods_have_their_own_defaults():
@@ -639,7 +640,7 @@ def test_a_plan_arrives_in_bash_as_it_is():
     assert in_bash(plan, '"${CROSS_PLMS[@]}"') == [AWKWARD, "org/bert"]
     assert in_bash(plan, '"${READY_BI[@]}"') == ["", "org/simcse"]
     assert in_bash(plan, '"${SENTENCES[@]}"') == ["s.txt"]
-    assert in_bash(plan, '"${PAIRS[@]}"') == ["a b.tsv", AWKWARD]
+    assert in_bash(plan, '"${PAIRS[@]}"') == ["a b.tsv", AWKWARD, "--data_dir", "my data"]
     assert in_bash(plan, '"${TASKS[@]}"') == ["stsb.dev", "stsb", f"x={AWKWARD}"]
     assert in_bash(plan, '"${DATA[@]}"') == ["--data_dir=my data"]
     assert in_bash(plan, '"${DEV[@]}"') == ["--dev=stsb.dev", "--data_dir=my data"]

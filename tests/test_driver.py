@@ -284,7 +284,7 @@ def test_every_recipe_is_understood():
     from transencoder.arguments import STAGES, as_options, parse_stage, read_recipe
     from transencoder.plan import load_plan
 
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
         recipe = read_recipe(str(path))
         load_plan(recipe, str(path))
         required = {

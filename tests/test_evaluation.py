@@ -304,9 +304,16 @@ def test_registered_tasks_are_found_in_the_data_folder(data_dir, spec, title, si
 
 def test_a_task_of_another_size_than_the_published_one_is_noted(data_dir, capsys):
     load_task("stsb", str(data_dir))
-    assert "stsb: 10 rows, where the published set has 1379" in "".join(capsys.readouterr())
-    load_task("mrpc", str(data_dir))
-    assert "".join(capsys.readouterr()) == ""
+    assert capsys.readouterr().err == "stsb: 10 rows, 1379 expected\n"
+    write_jsonl(data_dir / "mrpc.dev.jsonl", [{**row, "label": i % 2} for i, row in enumerate(random_pairs(408))])
+    load_task("mrpc.dev", str(data_dir))
+    assert capsys.readouterr().err == "mrpc.dev: 408 rows, as expected\n"
+
+
+def test_scores_on_another_scale_than_the_published_ones_are_noted(data_dir, capsys):
+    write_jsonl(data_dir / "sickr.dev.jsonl", [{**row, "score": row["score"] / 5} for row in random_pairs(12)])
+    load_task("sickr.dev", str(data_dir))
+    assert capsys.readouterr().err.endswith("; scores from 0.181818 to 1, 1 to 5 expected\n")
 
 
 @pytest.mark.parametrize(
@@ -370,11 +377,16 @@ def test_a_renaming_of_labels_leaves_a_file_with_scores_a_graded_task(tmp_path):
 
 
 def test_what_is_neither_a_task_nor_a_file_is_refused_with_the_tasks(tmp_path):
-    for spec in ("stsc", "sts12.trian", f"mine={tmp_path}/no.tsv"):
+    for spec in ("stsc", f"mine={tmp_path}/no.tsv"):
         with pytest.raises(InputError) as caught:
             load_task(spec)
         assert str(caught.value).startswith(f"{spec}: neither a file nor a task; tasks: ")
-        assert all(name in str(caught.value) for name in TASKS)
+        assert all(name in str(caught.value) for name in TASKS if name != "snli")
+    for spec in ("sts12.trian", "stsb.jsonl"):
+        with pytest.raises(
+            InputError, match=rf"^{spec}: no such file, and no split of {spec[:4]}\w*, which has: test"
+        ):
+            load_task(spec)
 
 
 def test_a_file_without_gold_values_is_refused(tmp_path):
@@ -385,7 +397,7 @@ def test_a_file_without_gold_values_is_refused(tmp_path):
 
 def test_a_task_that_the_hub_does_not_give_is_refused_with_the_way_out():
     assert datasets.config.HF_HUB_OFFLINE  # else this would ask the network
-    with pytest.raises(InputError, match=r"^stsb: mteb/stsbenchmark-sts cannot be loaded .* pass it as --data_dir"):
+    with pytest.raises(InputError, match=r"^mteb/stsbenchmark-sts, revision b0f.*cannot be loaded .* as --data_dir"):
         load_task("stsb")
 
 

@@ -455,7 +455,8 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
 
 
 def label_arguments(**changes: object) -> Namespace:
-    return Namespace(**{**dict(scores=None, teachers=None, pairs=None, columns=None), **changes})
+    values = dict.fromkeys(["scores", "teachers", "pairs", "columns", "data_dir", "extra_pairs", "num_training_pairs"])
+    return Namespace(**{**values, "seed": 1, **changes})
 
 
 @pytest.mark.parametrize("score", ["1.01", "-1.5", "3"])

@@ -71,7 +71,8 @@ def save_encoder(kind, plm, folder, seed):
 
 
 def record(stage, folder, *words):
-    write_run(parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)]), stage, "complete", **HISTORY)
+    history = HISTORY | ({"swap": True} if stage == "distill_bi2cross" else {})
+    write_run(parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)]), stage, "complete", **history)
 
 
 def results(folder, encoders, values):

@@ -109,7 +109,7 @@ class ContrastiveArguments(TrainingArguments):
     """Step 1. Defaults that differ between the two methods are filled in afterwards."""
 
     model_name_or_path: str = option("Pretrained language model: Hub id or folder.")
-    sentences: list[str] = option("Unlabelled sentences: FILE(s) or Hub dataset id(s).")
+    sentences: list[str] = option("Unlabelled sentences: FILE(s), Hub dataset id(s), wiki1m, or a pool's (sts_sickr).")
     method: Literal["simcse", "mirror"] = option(
         "simcse: dropout twice. mirror: also random span masking on one side.", "simcse"
     )
@@ -159,12 +159,25 @@ class ShardArguments:
 
 
 @dataclass
-class LabelArguments(ShardArguments):
+class PoolArguments:
+    """Which of the unlabelled pairs are taken."""
+
+    num_training_pairs: int | None = option("Random sample of the pairs of this size. Default: all.", None)
+    extra_pairs: list[str] | None = option("More pairs, beside that sample: pools or FILE(s), as --pairs.", None)
+    num_extra_pairs: int | None = option("Random sample of --extra_pairs of this size. Default: all.", None)
+
+    def __post_init__(self) -> None:
+        if self.num_extra_pairs is not None and not self.extra_pairs:
+            raise InputError("--num_extra_pairs needs --extra_pairs")
+
+
+@dataclass
+class LabelArguments(ShardArguments, PoolArguments):
     """Where a student's pseudo-labels come from: a file of scores, or teachers that score the pairs first."""
 
     scores: str | None = option("Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them.", None)
     teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
-    pairs: list[str] | None = option("With --teachers: the unlabelled pairs.", None)
+    pairs: list[str] | None = option("With --teachers: the unlabelled pairs, as score_pairs.py takes them.", None)
     teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
     num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500)
 
@@ -173,6 +186,9 @@ class LabelArguments(ShardArguments):
             raise InputError("give either --scores FILE or --teachers ENCODER --pairs FILE")
         if bool(self.teachers) != bool(self.pairs):
             raise InputError("--teachers and --pairs go together")
+        if self.scores and (self.extra_pairs or self.num_training_pairs):
+            raise InputError("--num_training_pairs and --extra_pairs go with --teachers, or with score_pairs.py")
+        super().__post_init__()
         check_weights(self.teacher_weights, len(self.teachers or []))
 
 
@@ -198,7 +214,9 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
         "Scores before they become targets. logistic: sigmoid of twice the standard score, which spreads them.",
         "none",
     )
-    swap: bool = option("Train on (a, b) and on (b, a); switch off where order matters, as in QNLI.", True)
+    swap: bool | None = option(
+        "Train on (a, b) and on (b, a). Default: true, but for pools whose order matters (QNLI).", None
+    )
 
 
 @dataclass
@@ -215,11 +233,18 @@ class Cross2BiArguments(LabelArguments, TrainingArguments):
 
 
 @dataclass
-class ScoringArguments(ShardArguments, StageArguments):
+class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
     """Labelling, and scoring a file."""
 
     encoders: list[str] = option("Bi- and cross-encoders, whose scores are averaged: folders or Hub ids.")
-    pairs: list[str] = option("Pairs to score: FILE(s) or Hub dataset id(s).")
+    pairs: list[str] = option(
+        "Pairs to score: pools (sts sickr sts_sickr qqp qnli mrpc snli), FILE(s) or Hub dataset ids (ORG/NAME:split)."
+    )
+    data_dir: str | None = option(
+        "Folder with the pools as pool.NAME.jsonl(.gz), or their tasks as NAME.SPLIT.jsonl(.gz); without it they come "
+        "by Hub.",
+        None,
+    )
     output: str = option("Parquet file to write: sentence1, sentence2, score, in the order of the input.")
     both_orders: bool = option(
         "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
@@ -234,6 +259,7 @@ class ScoringArguments(ShardArguments, StageArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_weights(self.teacher_weights, len(self.encoders))
 
 
@@ -278,6 +304,8 @@ LIMITS = {
     "mask_characters": (1, None),
     "num_sentences": (2, None),
     "num_held_out": (2, None),
+    "num_training_pairs": (2, None),
+    "num_extra_pairs": (1, None),
     "max_length": (3, None),
     "seed": (0, 2**32 - 1),
     "warmup_ratio": (0, 1),

@@ -111,7 +111,7 @@ def render_card(facts: CardFacts, target: HubTarget) -> str:
         lineage=facts.lineage,
         plot=facts.plot,
         command=facts.command,
-        options=options_table(run["arguments"]),
+        options=options_table(run),
         seed=run["arguments"]["seed"],
         versions=", ".join(f"{module} {version}" for module, version in run["versions"].items()),
         licence=data.license,
@@ -282,7 +282,8 @@ def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:
     return named or [arguments["scores"]]
 
 
-def options_table(arguments: dict[str, Any]) -> str:
-    """The options of the training stage, without paths."""
-    rows = [[f"`{name}`", str(value)] for name, value in arguments.items() if name not in NOT_SHOWN]
+def options_table(run: dict[str, Any]) -> str:
+    """The options of the training stage, without paths; `swap` as it was, where the pairs decided on it."""
+    options = run["arguments"] | ({"swap": run["swap"]} if "swap" in run else {})
+    rows = [[f"`{name}`", str(value)] for name, value in options.items() if name not in NOT_SHOWN]
     return markdown_table(["option", "value"], [row for row in rows if row[1] != "None"])

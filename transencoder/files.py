@@ -13,6 +13,8 @@ import transformers
 
 import transencoder
 from transencoder.errors import InputError
+from transencoder.hub_tables import COMMITS
+from transencoder.pools import local_files
 
 RUN_FILE = "run.json"
 # These change how a run goes, not what comes out of it.
@@ -100,7 +102,9 @@ def identity(arguments: Any) -> dict[str, Any]:
     """What decides what comes out: the arguments, and the SHA-256 of every file and local model that they name."""
     values = {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
     named = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
-    paths = [Path(item.rpartition("=")[2]) for item in named if isinstance(item, str)]
+    words = [item for item in named if isinstance(item, str)]
+    paths = [Path(word.rpartition("=")[2]) for word in words]
+    paths += local_files(words, values["data_dir"]) if values.get("data_dir") else []
     return {**values, "inputs": {str(path): sum_ for path in paths if (sum_ := _checksum(path))}}
 
 
@@ -166,6 +170,7 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
 def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
     """Record what makes the output folder. `status`: "running", or "complete", which is written last of all."""
     folder = Path(arguments.output_dir)
+    facts |= {"hub_datasets": dict(COMMITS)} if COMMITS else {}
     versions = {module.__name__: module.__version__ for module in (transencoder, torch, transformers)}
     content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)
     try:

@@ -8,18 +8,19 @@ from typing import Any
 
 import yaml
 
-from transencoder.arguments import DRIVER, STAGES, as_options, parse_stage, read_recipe
+from transencoder.arguments import DRIVER, STAGES, ScoringArguments, as_options, parse_stage, read_recipe
 from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
 from transencoder.paper import check_setting
+from transencoder.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.runtime import trackers
 from transencoder.selection import select_by, training_rows
-from transencoder.tables import read_pairs, read_sentences
 from transencoder.tasks import expand_groups, load_task, parse_spec, title
 from transencoder.training import count_pieces
 
 ENSEMBLE = "ensemble"  # what tables call the mean of the students
+LISTS = ("pairs", "tasks", "sentences", "extra_pairs")  # a single name will do, too
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
 
 
@@ -50,11 +51,12 @@ class Plan:
 
     Args:
         students: one for self-distillation, several for mutual distillation.
-        pairs: unlabelled pairs.
+        pairs: unlabelled pairs: pools (sts_sickr), files, Hub ids.
+        extra_pairs, num_extra_pairs, num_training_pairs: as score_pairs.py takes them.
         tasks: what is measured before and after; as evaluate_encoders.py takes them.
         sentences: for step 1.
         dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
-        data_dir: folder of the registered tasks.
+        data_dir: folder of the registered tasks and pools.
         cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
         student_start: where a cycle's students begin: "refresh", the raw language model and the step-1 checkpoint, or
             "carry_over", their own weights of the cycle before (ablation).
@@ -69,6 +71,9 @@ class Plan:
     sentences: list[str] | None = None
     dev: str | None = None
     data_dir: str | None = None
+    extra_pairs: list[str] | None = None
+    num_extra_pairs: int | None = None
+    num_training_pairs: int | None = None
     cycles: int = 3
     student_start: str = "refresh"
     alternate: bool = True
@@ -91,7 +96,7 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
     if not isinstance(students, list) or not students or not all(isinstance(item, dict) for item in students):
         raise InputError(f"{where}: {DRIVER}.students must be a list of models (name, plm)")
     plan = _build(Plan, {**section, "students": [_build(Student, item, where) for item in students]}, where)
-    for name in ("pairs", "tasks", "sentences"):
+    for name in LISTS:
         if isinstance(getattr(plan, name), str):
             setattr(plan, name, [getattr(plan, name)])
     _check_kinds(plan, where)
@@ -107,7 +112,7 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
 
 def _check_kinds(plan: Plan, where: str) -> None:
     """Refuse a value of the wrong kind."""
-    for name in ("pairs", "tasks", "sentences"):
+    for name in LISTS:
         value = getattr(plan, name)
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise InputError(f"{where}: {DRIVER}.{name} must be a name or a list of names")
@@ -170,17 +175,18 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
 
 def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
-    columns = parse_stage("score_pairs", argv=_stand_ins("score_pairs", recipe_path, len(plan.students))).columns
+    labelling = _labelling(plan, recipe_path)
+    columns, pooling = labelling.columns, labelling.pooling
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
-            check_bi_encoder(student.bi_encoder, None)
+            check_bi_encoder(student.bi_encoder, pooling)
         else:
             check_language_model(student.plm)
-    pairs = len(read_pairs(plan.pairs, columns=columns, drop_duplicates=True))
+    pairs = len(read_pool(labelling, drop_duplicates=True))
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
-        sentences = len(read_sentences(plan.sentences, columns))
+        sentences = len(read_sentence_pool(plan.sentences, plan.data_dir, columns))
     for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]:
         load_task(spec, plan.data_dir, columns)
     for student in plan.students:
@@ -203,7 +209,23 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             select_by(arguments)
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
             rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
-            count_pieces(rows * (2 if getattr(arguments, "swap", False) else 1), arguments, 1)
+            if stage == "distill_bi2cross":
+                rows *= 2 if swap_of(arguments.swap, is_ordered(plan.pairs, plan.extra_pairs)) else 1
+            count_pieces(rows, arguments, 1)
+
+
+def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
+    """The options of score_pairs.py as the driver will pass them on, checked."""
+    words = _stand_ins("score_pairs", recipe_path, len(plan.students))
+    labelling = parse_stage("score_pairs", argv=[*words, "--pairs", *_pool_words(plan)])
+    check_both_orders(labelling.both_orders, is_ordered(plan.pairs, plan.extra_pairs))
+    return labelling
+
+
+def _pool_words(plan: Plan) -> list[str]:
+    """The pairs, and the options that go with them."""
+    names = ("data_dir", "num_training_pairs", "extra_pairs", "num_extra_pairs")
+    return plan.pairs + as_options({name: getattr(plan, name) for name in names})
 
 
 def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
@@ -303,7 +325,7 @@ def to_shell(plan: Plan) -> str:
             array("CROSS_OPTIONS", options("distill_bi2cross")),
             array("BI_OPTIONS", options("distill_cross2bi")),
             array("SENTENCES", plan.sentences or []),
-            array("PAIRS", plan.pairs),
+            array("PAIRS", _pool_words(plan)),
             array("TASKS", ([plan.dev] if plan.dev else []) + plan.tasks),
             array("DATA", data),
             array("DEV", dev + data),

@@ -21,9 +21,11 @@ from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_
 from transencoder.engines import autocast
 from transencoder.errors import InputError
 from transencoder.files import difference, identity, write_file
+from transencoder.hub_tables import COMMITS
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.lexical import lexical_scores
 from transencoder.parts import Parts
+from transencoder.pools import is_ordered, read_pool
 from transencoder.runtime import progress_bar
 from transencoder.tables import PAIRS, SENTENCES, read_pairs
 
@@ -259,7 +261,8 @@ def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
         raise InputError(f"--output {path}: exists and is not a Parquet file; add --overwrite") from error
     if found is None:
         raise InputError(f"--output {path}: exists and was not written by this tool; add --overwrite")
-    found.pop("world_size", None)  # for the record: the scores do not depend on it
+    for name in ("world_size", "hub_datasets"):  # for the record
+        found.pop(name, None)
     changed = difference(found, json.loads(json.dumps(facts)))
     if changed:
         raise InputError(f"--output {path}: holds other scores ({changed}); choose another name or add --overwrite")
@@ -274,7 +277,7 @@ def read_label_pairs(arguments: LabelArguments) -> datasets.Dataset:
     """
     if not arguments.scores:
         check_encoders(arguments.teachers, None)
-        return read_pairs(arguments.pairs, columns=arguments.columns, drop_duplicates=True)
+        return read_pool(arguments, drop_duplicates=True)
     pairs = read_pairs([arguments.scores], "score", arguments.columns)
     scores = np.asarray(pairs["score"])
     (outside,) = np.nonzero(np.abs(scores) > 1 + 1e-5)
@@ -282,6 +285,14 @@ def read_label_pairs(arguments: LabelArguments) -> datasets.Dataset:
         row = outside[0]
         raise InputError(f"{arguments.scores}: row {row + 1}: score {scores[row]} is not in [-1, 1]")
     return pairs
+
+
+def order_matters(arguments: LabelArguments) -> bool:
+    """Whether a student's training pairs must not be turned round, which files of scores say of their pairs."""
+    if arguments.pairs:
+        return is_ordered(arguments.pairs, arguments.extra_pairs)
+    path = Path(arguments.scores)
+    return path.suffix == ".parquet" and path.is_file() and bool((read_facts(path) or {}).get("ordered"))
 
 
 def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerator: Accelerator) -> datasets.Dataset:
@@ -316,7 +327,8 @@ def score_to_file(
     parts = Parts(path, facts, shard_rows, accelerator)
     (scores,) = score_with(teachers, [pairs], accelerator, batch_tokens, parts)
     if accelerator.is_main_process:
-        write_scores(path, pairs, scores, {**facts, "world_size": accelerator.num_processes})
+        record = {"world_size": accelerator.num_processes, **({"hub_datasets": COMMITS} if COMMITS else {})}
+        write_scores(path, pairs, scores, {**facts, **record})
     parts.remove()
     accelerator.wait_for_everyone()
     return scores

@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 
 from transencoder.errors import InputError
+from transencoder.hub_tables import load_split
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
 PAIR_SEPARATOR = "||"
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?$")
 BLOCK_BYTES = 16 << 20
 CACHE_VERSION = 1  # raise it when what is written to the cache changes
 
@@ -59,16 +60,26 @@ def read_sentences(sources: list[str], columns: list[str] | None = None) -> data
     A file of pairs gives the sentences of both its columns. Repeated sentences are left out: as one another's in-batch
     negatives they would be pushed apart. Raises `InputError` as `read_pairs` does.
     """
-    parts = []
-    for source in sources:
-        if not is_hub_id(source) and _holds_pairs(source, parse_renaming(columns)):
-            table = _cached_table(source, PAIRS, columns)
-            parts += [table.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
-        else:
-            parts.append(_cached_table(source, SENTENCES, columns))
+    return join_sentences([part for source in sources for part in sentence_parts(source, columns)], sources)
+
+
+def sentence_parts(source: str, columns: list[str] | None) -> list[datasets.Dataset]:
+    """The column `sentence` of a source, or one for each side of its pairs; repeats included."""
+    if not is_hub_id(source) and _holds_pairs(source, parse_renaming(columns)):
+        return sides(_cached_table(source, PAIRS, columns))
+    return [_cached_table(source, SENTENCES, columns)]
+
+
+def sides(pairs: datasets.Dataset) -> list[datasets.Dataset]:
+    """Both sides of pairs, each as the column `sentence`."""
+    return [pairs.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
+
+
+def join_sentences(parts: list[datasets.Dataset], sources: list[str]) -> datasets.Dataset:
+    """The distinct sentences of `parts`. `sources`: how an error names them."""
     table = datasets.concatenate_datasets(parts)
     _check_two_distinct(table, SENTENCES, sources)
-    return _without_repeats(table)
+    return without_repeats(table)
 
 
 def read_pairs(
@@ -78,7 +89,7 @@ def read_pairs(
 
     Args:
         sources: .txt (`sentence1||sentence2`), .tsv, .csv, .jsonl or .parquet, plain or .gz, or Hub ids
-            (`ORG/NAME:split`).
+            (`ORG/NAME:split@revision`; by default train and main).
         gold: name of a numeric column to read as well: "score" or "label" (0 or 1).
         columns: renaming, `ours=theirs`.
         drop_duplicates: keep the first of exactly equal pairs.
@@ -92,7 +103,7 @@ def read_pairs(
     wanted = PAIRS + ((gold,) if gold else ())
     table = datasets.concatenate_datasets([_cached_table(source, wanted, columns) for source in sources])
     _check_two_distinct(table, PAIRS, sources)
-    return _without_repeats(table) if drop_duplicates else table
+    return without_repeats(table) if drop_duplicates else table
 
 
 def sample(table: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:
@@ -102,7 +113,7 @@ def sample(table: datasets.Dataset, size: int | None, seed: int) -> datasets.Dat
     return table.select(np.sort(np.random.default_rng(seed).choice(len(table), size, replace=False)))
 
 
-def _without_repeats(table: datasets.Dataset) -> datasets.Dataset:
+def without_repeats(table: datasets.Dataset) -> datasets.Dataset:
     """The first of each set of equal rows, told by 64-bit hashes: a few bytes a row, however long the text."""
     hashes = np.zeros(len(table), dtype=np.uint64)
     start = 0
@@ -399,17 +410,18 @@ def _read_parquet(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> datasets.Dataset:
-    """A split of a Hub dataset, `ORG/NAME:split` (default: train)."""
-    name, _, split = source.partition(":")
-    try:
-        table = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises a dozen types for "not there", "no network", "no such split"
-        raise InputError(
-            f"{source}: cannot be loaded from the Hub ({type(error).__name__}); pass a local file instead"
-        ) from error
+    """A split of a Hub dataset, `ORG/NAME:split@revision` (default: train, main)."""
+    name, _, revision = source.partition("@")
+    name, _, split = name.partition(":")
+    table = load_split(name, split or "train", revision=revision or None)
     theirs = [_theirs(name, renaming, table.column_names) for name in wanted]
     _require_columns(source, theirs, table.column_names)
     table = table.select_columns(theirs).rename_columns({b: a for a, b in zip(wanted, theirs, strict=True) if a != b})
+    return check_hub_table(table, source, wanted)
+
+
+def check_hub_table(table: datasets.Dataset, source: str, wanted: tuple[str, ...]) -> datasets.Dataset:
+    """A table from the Hub with the `wanted` columns, checked as files are. `source`: how an error names it."""
     chunks = table.with_format("arrow").iter(100_000)
     return _through_cache(
         cache_key(table._fingerprint, wanted),

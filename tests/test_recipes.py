@@ -1,0 +1,110 @@
+"""Every recipe: checked with all it names, and run once through on tiny models."""
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, random_pairs, random_sentences, write_jsonl
+
+from transencoder.arguments import DRIVER, read_recipe
+from transencoder.encoders import BiEncoder
+from transencoder.plan import TRAINING_STAGES
+from transencoder.tasks import TASKS
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PAPER = [path for path in RECIPES if path.parent.name == "paper"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """Every task and pool as local files: enough rows for the recipes' batches."""
+    folder = tmp_path_factory.mktemp("data")
+    for place, (name, source) in enumerate(TASKS.items()):
+        for split, _ in source.splits:
+            rows = random_pairs(24, seed=place)
+            if source.gold == "label":
+                rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in rows]
+            write_jsonl(folder / f"{name}.{split}.jsonl", rows)
+        write_jsonl(folder / f"pool.{name}.jsonl", random_pairs(150, seed=100 + place))
+    write_jsonl(folder / "pool.sts.jsonl", random_pairs(150, seed=99))
+    (folder / "wiki1m.txt").write_text("\n".join(random_sentences(520)) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tiny_bert, tiny_roberta, tmp_path_factory) -> dict[str, dict[str, str]]:
+    """For each student name of the recipes a language model and a bi-encoder."""
+    found = {"plm": {}, "bi_encoder": {}}
+    for name, plm in (("bert", tiny_bert), ("roberta", tiny_roberta)):
+        ready = tmp_path_factory.mktemp("ready") / name
+        ready.mkdir()
+        BiEncoder.from_pretrained(str(plm), "cls").save_pretrained(ready)
+        found["plm"][name], found["bi_encoder"][name] = str(plm), str(ready)
+    return found
+
+
+def overrides(path: Path, data_dir: Path, stand_ins: dict[str, dict[str, str]]) -> list[str]:
+    """The driver's flags with which a recipe runs without the Hub."""
+    words = ["--data_dir", str(data_dir)]
+    for student in read_recipe(str(path))[DRIVER]["students"]:
+        for key, models in stand_ins.items():
+            if key in student:
+                words += [
+                    f"--{key}",
+                    f"{student['name']}={models[student['name'].split('-')[0].removeprefix('distil')]}",
+                ]
+    return words
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_recipe_of_the_paper_is_accepted_with_all_it_names(path, data_dir, stand_ins, tmp_path, run_script):
+    words = ["--recipe", path, "--output_dir", tmp_path / "run", "--dry_run"]
+    result = run_script("plan_run.py", *words, *overrides(path, data_dir, stand_ins))
+    assert result.returncode == 0, result.stderr
+    assert "NAMES=(" in result.stdout and not (tmp_path / "run").exists()
+
+
+def commands_of(path: Path, plan: str, run: Path) -> list[list[str]]:
+    """What the driver would start for a plan that is already made: its own `python` is one that knows the plan."""
+    (run.parent / "plan.sh").write_text(plan, encoding="utf-8")
+    python = run.parent / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\ncat {shlex.quote(str(run.parent / 'plan.sh'))}\n")
+    python.chmod(0o755)
+    words = ["bash", ROOT / "scripts" / "run_transencoder.sh", "--recipe", path, "--output_dir", run, "--dry_run"]
+    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    result = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line)[2:] for line in result.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_recipe_of_the_paper_runs_through(path, data_dir, stand_ins, tmp_path, run_script):
+    """One cycle, each stage for one step, in this process (the launcher is tested elsewhere)."""
+    recipe = read_recipe(str(path))
+    recipe[DRIVER]["cycles"] = 1
+    recipe["common"] = {**recipe.get("common", {}), "mixed_precision": "no"}
+    for stage in TRAINING_STAGES:
+        recipe[stage] = {**recipe.get(stage, {}), "total_batch_size": 8, "max_steps": 1}
+    tiny, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    tiny.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    plan = run_script("plan_run.py", "--recipe", tiny, "--output_dir", run, *overrides(path, data_dir, stand_ins))
+    assert plan.returncode == 0, plan.stderr
+    for script, *words in commands_of(run / "recipe.yaml", plan.stdout, run):
+        result = run_script(os.path.basename(script), *words)
+        assert result.returncode == 0, result.stderr
+    assert run_script("summarize_run.py", run).returncode == 0
+
+    results = json.loads((run / "cycle-1" / "results.json").read_text())
+    measured = {entry["task"] for entry in results if entry["split"] == "test"}
+    tasks = recipe[DRIVER]["tasks"]
+    assert measured == set({"sts_sickr": list(TASKS)[:7], "binary": ["qqp", "qnli", "mrpc"]}.get(tasks, [tasks]))
+    assert ("paper: " in (run / "results.md").read_text()) == ("paper" in recipe[DRIVER])
+    if "qnli" in path.stem:
+        cross = json.loads((run / "cycle-1" / "cross-encoder" / "bert" / "run.json").read_text())
+        assert cross["examples"] == 150  # not in both orders
