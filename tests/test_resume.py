@@ -44,8 +44,8 @@ def words(stage, tiny_bert, corpus, scores, output):
     return [*map(str, given), "--checkpointing_steps", "3"]
 
 
-def start(*given, processes=1):
-    return subprocess.Popen(**launch_command(*given, processes=processes), stderr=subprocess.PIPE, text=True)
+def start(*given, **how):
+    return subprocess.Popen(**launch_command(*given, **how), stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
@@ -121,23 +121,40 @@ def test_a_signal_saves_and_stops(number, tiny_bert, corpus, scores, tmp_path):
     assert_same(result(tmp_path / "whole"), result(output))
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_where_one_was_killed_and_the_other_way_round(tiny_bert, corpus, scores, tmp_path):
-    def given(name):
-        return [*words("cross", tiny_bert, corpus, scores, tmp_path / name), "--dropout", "0"]
+@pytest.fixture(scope="module")
+def whole(tiny_bert, corpus, scores, tmp_path_factory):
+    """What one process makes of `same_everywhere`, without an interruption."""
+    output = tmp_path_factory.mktemp("whole") / "whole"
+    assert finish(start(*same_everywhere(tiny_bert, corpus, scores, output)))[0] == 0
+    return result(output)
 
-    assert finish(start(*given("whole")))[0] == 0
-    whole = result(tmp_path / "whole")
-    for name, first, second in (("shrunk", 2, 1), ("grown", 1, 2)):
-        process = start(*given(name), processes=first)
-        wait_for_step(process, tmp_path / name, 12)
-        kill_all(process)
-        code, error = finish(start(*given(name), processes=second))
-        assert code == 0 and f"which {first} processes wrote and {second} read" in error, error
-        other = result(tmp_path / name)
-        assert [entry["loss"] for entry in other[0]] == pytest.approx([entry["loss"] for entry in whole[0]], rel=1e-4)
-        for weight, value in whole[2].items():
-            np.testing.assert_allclose(other[2][weight], value, atol=2e-4, err_msg=weight)
+
+def same_everywhere(tiny_bert, corpus, scores, output):
+    """A training without dropout, in batches of 24, which one, two and three processes can share out."""
+    return [*words("cross", tiny_bert, corpus, scores, output), "--dropout", "0", "--total_batch_size", "24"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "first", "second"),
+    [("", 2, 1), ("", 1, 2), ("fsdp", 2, 3), ("deepspeed_zero2", 2, 2), ("deepspeed_zero3", 2, 2)],
+)
+def test_other_processes_go_on_where_some_were_killed(
+    config, first, second, whole, tiny_bert, corpus, scores, tmp_path
+):
+    given = same_everywhere(tiny_bert, corpus, scores, tmp_path)
+    process = start(*given, processes=first, config=config)
+    wait_for_step(process, tmp_path, 12)
+    kill_all(process)
+    code, error = finish(start(*given, processes=second, config=config))
+    said = f"which {first} processes wrote and {second} read" if first != second else "going on from"
+    assert code == 0 and said in error, error
+    history, _, weights, resumed_at = result(tmp_path)
+    assert len(resumed_at) == 1
+    assert [entry["step"] for entry in history] == [entry["step"] for entry in whole[0]]
+    assert [entry["loss"] for entry in history] == pytest.approx([entry["loss"] for entry in whole[0]], rel=1e-4)
+    for name, value in whole[2].items():
+        np.testing.assert_allclose(weights[name], value, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.slow
