@@ -20,6 +20,11 @@
 # 1 for the cross-encoder, 1 to 2 for the bi-encoder and 0.3 for labelling, times the number of students.
 set -euo pipefail
 
+# PyTorch's threads wait for one another by spinning, by default so long that on a machine with other work they take the
+# processor from the very thread they wait for: training of a tiny model is then ten times slower. So short a spin costs an idle
+# machine next to nothing.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-10000}
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 launcher="accelerate launch" recipe="" run="" dry="" push="" pusher="" plan_flags=() seed=() seeds=()
 
