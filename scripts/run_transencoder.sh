@@ -73,8 +73,9 @@ plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:
 eval "$plan"
 [[ $dry ]] || recipe=$run/recipe.yaml
 
-students=${#NAMES[@]} done_count=0 redone=""
+students=${#NAMES[@]} done_count=0 redone="" mined=0
 total=$((1 + CYCLES * (ALTERNATE ? 3 + 2 * students : 2 + students)))
+((${#PAIRS[@]})) || total=$((total + (REMINE ? CYCLES : 1)))
 for ready in "${READY_BI[@]}"; do [[ $ready ]] || total=$((total + 1)); done
 
 # A Parquet file appears when it is whole; a folder says so in run.json, and holds what the stage makes.
@@ -149,6 +150,12 @@ push
 
 for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   folder=$run/cycle-$cycle cross=()
+
+  # Without pairs of its own the recipe's sentences are mined: once, with the start, or again with each better bi-encoder.
+  if ((${#PAIRS[@]} == 0 || mined)) && ((cycle == 1 || REMINE)); then
+    mined=1 PAIRS=("$folder/pairs.parquet")
+    stage "cycle $cycle: mine pairs" "${PAIRS[0]}" mine_pairs.py --encoders "${bi[@]}" "${SIDES[@]}" "${DATA[@]}" --output "${PAIRS[0]}"
+  fi
 
   # Step 2: the bi-encoders' mean score labels the pairs; each student's cross-encoder starts from its raw language model.
   # Plain self-distillation leaves the cross-encoder out.

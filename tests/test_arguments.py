@@ -268,6 +268,7 @@ BAD_NUMBERS = [
 ]
 REQUIRED = {
     "train_contrastive": STEP1,
+    "mine_pairs": ["--encoders", "e", "--sentences", "s.txt", "--output", "p.parquet"],
     "score_pairs": ["--encoders", "e", "--pairs", "p", "--output", "o.parquet"],
     "distill_bi2cross": CROSS,
     "distill_cross2bi": CROSS,
@@ -416,7 +417,7 @@ def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
         (plan_with(paper={"bert": "simcse-bert/self"}), "paper: the paper has no 'simcse-bert/self'; it has: "),
         (plan_with(student_start="fresh"), "student_start must be refresh or carry_over, not 'fresh'"),
         (plan_with(alternate="no"), "alternate must be true or false"),
-        (plan_with(pairs=None), "needs 'pairs'"),
+        (plan_with(pairs=None, sentences=None), "needs 'pairs', or 'sentences'"),
         (plan_with(tasks=None), "needs 'tasks'"),
         (plan_with(cycle=3), "unknown key 'cycle'"),
         (plan_with(cycles=0), "cycles must be a whole number from 1"),

@@ -177,6 +177,30 @@ def test_plain_self_distillation_leaves_the_cross_encoder_out(recipe, tmp_path):
     }
 
 
+@pytest.mark.parametrize("remine", [False, True])
+def test_without_pairs_they_are_mined_with_the_bi_encoders_of_the_cycle_before(recipe, corpus, tmp_path, remine):
+    content = yaml.safe_load(recipe.read_text())
+    del content["run_transencoder"]["pairs"], content["run_transencoder"]["stop_at"]
+    content["run_transencoder"].update(remine=remine, sentences_b=str(corpus / "pairs.jsonl"))
+    content["mine_pairs"] = {"num_pairs": 50, "mix": ["lexical=1", "random=1"]}
+    path, run = tmp_path / "mine.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(content))
+    commands = dry_run(path, run)
+    mining = [arguments for script, arguments in commands if script == "mine_pairs.py"]
+    labelling = [arguments["pairs"] for script, arguments in commands if script == "score_pairs.py"]
+    found = [str(run / f"cycle-{cycle}/pairs.parquet") for cycle in (1, 2 if remine else 1)]
+    assert [arguments["output"] for arguments in mining] == list(dict.fromkeys(found))
+    assert labelling == [[found[0]], [found[0]], [found[1]], [found[1]]]
+    assert mining[0]["encoders"] == [str(run / "contrastive" / name) for name in ("one", "two")]
+    assert (mining[0]["num_pairs"], mining[0]["mix"]) == (50, ["lexical=1", "random=1"])
+    assert mining[0]["sentences"] == [str(corpus / "sentences.txt")]
+    assert mining[0]["sentences_b"] == [str(corpus / "pairs.jsonl")]
+    step1 = [arguments["sentences"] for script, arguments in commands if script == "train_contrastive.py"]
+    assert step1 == [[str(corpus / "sentences.txt"), str(corpus / "pairs.jsonl")]] * 2
+    if remine:
+        assert mining[1]["encoders"] == [str(run / "cycle-1/bi-encoder" / name) for name in ("one", "two")]
+
+
 def test_several_seeds_are_several_runs(recipe, tmp_path):
     words = ["--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run"]
     result = drive(*words, "--seeds", 3, 5, "--launcher", "accelerate launch --cpu")
@@ -198,6 +222,11 @@ def test_several_seeds_are_several_runs(recipe, tmp_path):
         ({"cylces": 2}, ["cylces"]),
         ({"dev": "gold.jsonl"}, ["gold.jsonl", "neither a file nor a task"]),
         ({"tasks": "sts99"}, ["sts99"]),
+        ({"pairs": None, "sentences": None}, ["'pairs'", "'sentences'"]),
+        ({"remine": True}, ["remine", "pairs"]),
+        ({"pairs": None, "remine": True}, ["stop_at", "remine"]),
+        ({"pairs": None, "num_training_pairs": 9}, ["num_training_pairs", "num_pairs"]),
+        ({"pairs": None, "remine": "yes"}, ["remine must be true or false"]),
         ({"students": [{"name": "a", "plm": "no/model"}]}, ["no/model", "Hub"]),
     ],
 )
@@ -289,6 +318,7 @@ def test_every_recipe_is_understood():
         load_plan(recipe, str(path))
         required = {
             "train_contrastive": "--model_name_or_path m --sentences s --output_dir o",
+            "mine_pairs": "--encoders e --sentences s --output o",
             "score_pairs": "--encoders e --pairs p --output o",
             "distill_bi2cross": "--model_name_or_path m --scores s --output_dir o",
             "distill_cross2bi": "--model_name_or_path m --scores s --output_dir o",

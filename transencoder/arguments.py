@@ -8,62 +8,18 @@ import math
 import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
 
 from transencoder.errors import InputError, report_and_exit
+from transencoder.options import HubArguments, ReportArguments, StageArguments, option
 
-T = TypeVar("T")
-
-
-def option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
-    """A dataclass field that is an option with a help text; without a default it is required."""
-    return field(default=default, metadata={"help": help, **kwargs}, kw_only=True)
-
-
-@dataclass
-class StageArguments:
-    """What every stage takes."""
-
-    recipe: str | None = option("YAML file; its `common` section and the section named like the script apply.", None)
-    overwrite: bool = option("Replace what an earlier run left at the output.", False)
-    seed: int = option("Seed of weights, data order and dropout (paper: 2021).", 2021)
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "Autocast type. auto: what the launcher says, else bf16 where the hardware computes in it, else fp32.", "auto"
-    )
-    columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
-    eval_batch_tokens: int = option("Tokens (padding included) in one forward pass when scoring, per process.", 16384)
-
-
-@dataclass
-class ReportArguments:
-    """Where a stage that measures something reports it."""
-
-    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = option("Experiment tracker.", "none")
-    data_dir: str | None = option(
-        "Folder with the evaluation tasks as NAME.jsonl(.gz); without it they come by Hub.", None
-    )
-
-
-@dataclass
-class HubTarget:
-    """Where models go on the Hub, and what their cards say that no file tells."""
-
-    hub_model_id: str | None = option("ORG/NAME of the repository.", None)
-    hub_public: bool = option("Let everybody see the repository, which is private otherwise.", False)
-    hub_license: str | None = option("Licence, by the Hub's name for it. Default: the base model's.", None)
-    hub_language: str | None = option("Language codes with commas: en,de. Default: the base model's.", None)
-
-
-@dataclass
-class HubArguments(HubTarget):
-    """Whether a training stage publishes its model."""
-
-    push_to_hub: bool = option("Push the model to --hub_model_id when it is done.", False)
+# What mine_pairs.py looks for unless it is told otherwise (docs/results.md compares mixes).
+DEFAULT_MIX = ("lexical:1-10=1", "nearest:1-3=1", "nearest:4-20=1", "nearest:21-100=1", "random=1")
 
 
 @dataclass
@@ -264,6 +220,29 @@ class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
 
 
 @dataclass
+class MiningArguments(ShardArguments, StageArguments):
+    """Candidate pairs from sentences."""
+
+    sentences: list[str] = option("Sentences: FILE(s), Hub dataset id(s), wiki1m, or a pool's (sts_sickr).")
+    sentences_b: list[str] | None = option(
+        "A second side, such as answers: then a pair has a sentence of each side, the first side's first.", None
+    )
+    encoders: list[str] = option("Bi-encoder(s), whose mean cosine says what is near: folders or Hub ids.")
+    output: str = option("Parquet file to write: sentence1, sentence2, source, similarity.")
+    num_pairs: int | None = option("Pairs to find, all sources together. Default: four for each sentence.", None)
+    mix: list[str] | None = option(
+        "Where they come from, SOURCE=SHARE ...; SOURCE is lexical (BM25) or nearest (the encoders' cosine), each "
+        f"with a band of ranks as in nearest:4-20 if so wished, or random. Default: {' '.join(DEFAULT_MIX)}.",
+        None,
+    )
+    histogram: str | None = option("PNG with the similarities of each source. Default: beside the output.", None)
+    data_dir: str | None = option("Folder with the pools that --sentences names; without it they come by Hub.", None)
+    pooling: Literal["cls", "mean"] | None = option(
+        "Only for a plain language model, which does not say how it pools.", None
+    )
+
+
+@dataclass
 class EvaluationArguments(ReportArguments, StageArguments):
     """Tables."""
 
@@ -306,6 +285,7 @@ LIMITS = {
     "num_held_out": (2, None),
     "num_training_pairs": (2, None),
     "num_extra_pairs": (1, None),
+    "num_pairs": (1, None),
     "max_length": (3, None),
     "seed": (0, 2**32 - 1),
     "warmup_ratio": (0, 1),
@@ -318,6 +298,7 @@ POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
 
 STAGES = {
     "train_contrastive": ContrastiveArguments,
+    "mine_pairs": MiningArguments,
     "score_pairs": ScoringArguments,
     "distill_bi2cross": Bi2CrossArguments,
     "distill_cross2bi": Cross2BiArguments,

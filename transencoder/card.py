@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 import transencoder
-from transencoder.arguments import HubTarget
 from transencoder.encoders import Kind, read_pooling
 from transencoder.evaluation import PRIMARY, markdown_table, shown_value
 from transencoder.files import RUN_FILE
+from transencoder.options import HubTarget
 from transencoder.paper import published
 from transencoder.scoring import read_facts
 from transencoder.tables import is_hub_id

@@ -162,6 +162,12 @@ def check_encoders(names: list[str], pooling: str | None) -> None:
             check_bi_encoder(name, pooling)
 
 
+def check_bi_encoders(names: list[str], pooling: str | None) -> None:
+    """As `check_bi_encoder`, for several."""
+    for name in names:
+        check_bi_encoder(name, pooling)
+
+
 def check_language_model(name: str) -> None:
     """Refuse, before any weights are loaded, what a cross-encoder or step 1 cannot start from."""
     if inspect_encoder(name) == "cross":

@@ -33,6 +33,7 @@ NOT_IDENTITY = {
     "hub_public",
     "hub_license",
     "hub_language",
+    "histogram",
     "shard_rows",
 }
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.

@@ -15,11 +15,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from transencoder.arguments import STAGES, HubArguments, HubTarget, as_options
+from transencoder.arguments import STAGES, as_options
 from transencoder.card import PIPELINES, TAG, CardFacts, render_card
 from transencoder.encoders import Kind, inspect_encoder
 from transencoder.errors import InputError
 from transencoder.files import MODEL_FILES, RUN_FILE, sha256, write_json
+from transencoder.options import HubArguments, HubTarget
 from transencoder.runtime import log
 
 HUB_FILE = "hub.json"  # where a folder's models go

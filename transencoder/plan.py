@@ -12,6 +12,7 @@ from transencoder.arguments import DRIVER, STAGES, ScoringArguments, as_options,
 from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
+from transencoder.mining import Sides, parse_mix, wanted_pairs
 from transencoder.paper import check_setting
 from transencoder.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.runtime import trackers
@@ -20,7 +21,7 @@ from transencoder.tasks import expand_groups, load_task, parse_spec, title
 from transencoder.training import count_pieces
 
 ENSEMBLE = "ensemble"  # what tables call the mean of the students
-LISTS = ("pairs", "tasks", "sentences", "extra_pairs")  # a single name will do, too
+LISTS = ("pairs", "tasks", "sentences", "sentences_b", "extra_pairs")  # a single name will do, too
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
 
 
@@ -51,10 +52,12 @@ class Plan:
 
     Args:
         students: one for self-distillation, several for mutual distillation.
-        pairs: unlabelled pairs: pools (sts_sickr), files, Hub ids.
+        pairs: unlabelled pairs: pools (sts_sickr), files, Hub ids. Without them, pairs are mined from the sentences.
         extra_pairs, num_extra_pairs, num_training_pairs: as score_pairs.py takes them.
         tasks: what is measured before and after; as evaluate_encoders.py takes them.
-        sentences: for step 1.
+        sentences: for step 1, and for mining.
+        sentences_b: a second side, such as answers: mined pairs have a sentence of each side.
+        remine: mine again in each cycle, with the bi-encoders of the cycle before.
         dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
         data_dir: folder of the registered tasks and pools.
         cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
@@ -66,9 +69,11 @@ class Plan:
     """
 
     students: list[Student]
-    pairs: list[str]
     tasks: list[str]
+    pairs: list[str] | None = None
     sentences: list[str] | None = None
+    sentences_b: list[str] | None = None
+    remine: bool = False
     dev: str | None = None
     data_dir: str | None = None
     extra_pairs: list[str] | None = None
@@ -79,6 +84,11 @@ class Plan:
     alternate: bool = True
     paper: dict[str, str] = dataclasses.field(default_factory=dict)
     stop_at: float | None = None
+
+    @property
+    def step1_sentences(self) -> list[str]:
+        """Those of both sides."""
+        return (self.sentences or []) + (self.sentences_b or [])
 
 
 def load_plan(recipe: dict[str, Any], where: str) -> Plan:
@@ -100,6 +110,7 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
         if isinstance(getattr(plan, name), str):
             setattr(plan, name, [getattr(plan, name)])
     _check_kinds(plan, where)
+    _check_pairs(plan, where)
     plan.tasks = expand_groups(plan.tasks)
     if plan.dev:
         plan.dev = _named_as_dev(plan.dev)
@@ -124,14 +135,29 @@ def _check_kinds(plan: Plan, where: str) -> None:
             raise InputError(f"{where}: {name} must be a name, not {value!r}")
     if plan.student_start not in ("refresh", "carry_over"):
         raise InputError(f"{where}: {DRIVER}.student_start must be refresh or carry_over, not {plan.student_start!r}")
-    if not isinstance(plan.alternate, bool):
-        raise InputError(f"{where}: {DRIVER}.alternate must be true or false")
+    for name in ("alternate", "remine"):
+        if not isinstance(getattr(plan, name), bool):
+            raise InputError(f"{where}: {DRIVER}.{name} must be true or false")
     if not isinstance(plan.paper, dict):
         raise InputError(f"{where}: {DRIVER}.paper must name a setting of the paper for each student")
     if type(plan.cycles) is not int or plan.cycles < 1:
         raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
     if plan.stop_at is not None and not (type(plan.stop_at) in (int, float) and 0 < plan.stop_at <= 1):
         raise InputError(f"{where}: {DRIVER}.stop_at must be a number above 0, at most 1")
+
+
+def _check_pairs(plan: Plan, where: str) -> None:
+    """Refuse a recipe that neither gives pairs nor lets them be mined, or half of each."""
+    if not plan.pairs and not plan.sentences:
+        raise InputError(f"{where}: {DRIVER} needs 'pairs', or 'sentences' to mine them from")
+    of_mining = [name for name in ("sentences_b", "remine") if getattr(plan, name)]
+    if plan.pairs and of_mining:
+        raise InputError(f"{where}: {DRIVER}.{of_mining[0]} is for mining, which {DRIVER}.pairs leaves out")
+    of_pools = [name for name in ("extra_pairs", "num_extra_pairs", "num_training_pairs") if getattr(plan, name)]
+    if not plan.pairs and of_pools:
+        raise InputError(f"{where}: {DRIVER}.{of_pools[0]} goes with {DRIVER}.pairs; mine_pairs has num_pairs")
+    if plan.remine and plan.stop_at:
+        raise InputError(f"{where}: {DRIVER}.stop_at compares the labels of the same pairs, which remine replaces")
 
 
 def _check_students(plan: Plan, where: str) -> None:
@@ -183,10 +209,10 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
             check_bi_encoder(student.bi_encoder, pooling)
         else:
             check_language_model(student.plm)
-    pairs = len(read_pool(labelling, drop_duplicates=True))
+    pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
-        sentences = len(read_sentence_pool(plan.sentences, plan.data_dir, columns))
+        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, columns))
     for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]:
         load_task(spec, plan.data_dir, columns)
     for student in plan.students:
@@ -210,30 +236,47 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
             rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
             if stage == "distill_bi2cross":
-                rows *= 2 if swap_of(arguments.swap, is_ordered(plan.pairs, plan.extra_pairs)) else 1
+                rows *= 2 if swap_of(arguments.swap, _ordered(plan)) else 1
             count_pieces(rows, arguments, 1)
+
+
+def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
+    """How many pairs are to be mined, the options and the sentences being checked."""
+    mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
+    first = read_sentence_pool(plan.sentences, plan.data_dir, mining.columns)
+    second = read_sentence_pool(plan.sentences_b, plan.data_dir, mining.columns) if plan.sentences_b else first
+    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, Sides(first, second)))
 
 
 def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
     """The options of score_pairs.py as the driver will pass them on, checked."""
     words = _stand_ins("score_pairs", recipe_path, len(plan.students))
-    labelling = parse_stage("score_pairs", argv=[*words, "--pairs", *_pool_words(plan)])
-    check_both_orders(labelling.both_orders, is_ordered(plan.pairs, plan.extra_pairs))
+    labelling = parse_stage("score_pairs", argv=[*words, *(["--pairs", *_pool_words(plan)] if plan.pairs else [])])
+    check_both_orders(labelling.both_orders, _ordered(plan))
     return labelling
 
 
+def _ordered(plan: Plan) -> bool:
+    """Whether the given pairs must not be turned round."""
+    return is_ordered(plan.pairs or [], plan.extra_pairs)
+
+
 def _pool_words(plan: Plan) -> list[str]:
-    """The pairs, and the options that go with them."""
+    """The pairs, and the options that go with them; nothing where they are mined."""
     names = ("data_dir", "num_training_pairs", "extra_pairs", "num_extra_pairs")
-    return plan.pairs + as_options({name: getattr(plan, name) for name in names})
+    return plan.pairs + as_options({name: getattr(plan, name) for name in names}) if plan.pairs else []
 
 
 def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
     """Words for a stage's parser with its required options in place; an encoder for each student."""
     encoders = "--encoders" + " x" * students
-    required = {"score_pairs": f"{encoders} --pairs x --output x", "evaluate_encoders": f"{encoders} --tasks x"}
-    training = "--model_name_or_path x " + ("--sentences x" if stage == "train_contrastive" else "--scores x")
-    words = required.get(stage, training) + ("" if stage == "score_pairs" else " --output_dir x")
+    required = {
+        "mine_pairs": f"{encoders} --sentences x --output x",
+        "score_pairs": f"{encoders} --pairs x --output x",
+        "evaluate_encoders": f"{encoders} --tasks x --output_dir x",
+        "train_contrastive": "--model_name_or_path x --sentences x --output_dir x",
+    }
+    words = required.get(stage, "--model_name_or_path x --scores x --output_dir x")
     return ["--recipe", recipe_path, *words.split()]
 
 
@@ -311,6 +354,7 @@ def to_shell(plan: Plan) -> str:
 
     dev = [f"--dev={plan.dev}"] if plan.dev else []
     data = [f"--data_dir={plan.data_dir}"] if plan.data_dir else []
+    sides = as_options({"sentences": plan.sentences, "sentences_b": plan.sentences_b})
     return "\n".join(
         [
             f"CYCLES={plan.cycles}",
@@ -324,7 +368,9 @@ def to_shell(plan: Plan) -> str:
             array("STEP1_OPTIONS", options("train_contrastive")),
             array("CROSS_OPTIONS", options("distill_bi2cross")),
             array("BI_OPTIONS", options("distill_cross2bi")),
-            array("SENTENCES", plan.sentences or []),
+            f"REMINE={1 if plan.remine else ''}",
+            array("SENTENCES", plan.step1_sentences),
+            array("SIDES", sides),
             array("PAIRS", _pool_words(plan)),
             array("TASKS", ([plan.dev] if plan.dev else []) + plan.tasks),
             array("DATA", data),

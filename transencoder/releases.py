@@ -9,11 +9,12 @@ from typing import Any
 
 import datasets
 
-from transencoder.arguments import HubTarget, read_recipe
+from transencoder.arguments import read_recipe
 from transencoder.card import CardFacts
 from transencoder.encoders import Kind
 from transencoder.errors import InputError
 from transencoder.hub import Repository, Version, check_target
+from transencoder.options import HubTarget
 from transencoder.plan import Plan, Student, load_plan
 from transencoder.summary import Round, best_round, collect_rounds, dev_of, summary_table
 from transencoder.tables import PAIRS, read_pairs

@@ -13,9 +13,9 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from tqdm.auto import tqdm
 
-from transencoder.arguments import StageArguments
 from transencoder.engines import accelerate_precision, choose_precision, process_group, set_up_engine
 from transencoder.errors import InputError, is_first_process
+from transencoder.options import StageArguments
 
 PROJECT = "trans-encoder"
 TRACKERS = ("tensorboard", "wandb", "trackio")

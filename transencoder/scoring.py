@@ -93,7 +93,7 @@ def run_sharded(
     return accelerator.reduce(filled, "sum") if accelerator.num_processes > 1 else filled
 
 
-def run_in_parts(
+def each_part(
     model: nn.Module,
     tokens: TokenRows,
     accelerator: Accelerator,
@@ -101,12 +101,12 @@ def run_in_parts(
     title: str,
     parts: Parts,
     name: str,
-) -> torch.Tensor:
+) -> Iterator[np.ndarray]:
     """`run_sharded` for all rows, part by part: each is kept on disk when it is done, and never computed again.
 
     A signal to stop is obeyed at the end of a part.
     """
-    outputs, starts = [], range(0, len(tokens), parts.rows)
+    starts = range(0, len(tokens), parts.rows)
     with StopSignal() as stop:
         for number, start in enumerate(starts):
             rows = np.arange(start, min(start + parts.rows, len(tokens)))
@@ -117,8 +117,7 @@ def run_in_parts(
                 parts.save(name, number, part)
                 if number + 1 < len(starts) and stop.on_any_process(accelerator):
                     stop_here(accelerator, f"part {number + 1} of {len(starts)} ({title})")
-            outputs.append(torch.from_numpy(part))
-    return torch.cat(outputs)
+            yield part
 
 
 def score_prepared(
@@ -212,8 +211,8 @@ def score_with(
                     scores = score_prepared(encoder, prepared, accelerator, batch_tokens, title)
                 else:
                     label = f"encoder-{number}-{turn}"
-                    outputs = run_in_parts(encoder, prepared.tokens, accelerator, batch_tokens, title, parts, label)
-                    scores = as_scores(encoder, prepared, outputs)
+                    done = each_part(encoder, prepared.tokens, accelerator, batch_tokens, title, parts, label)
+                    scores = as_scores(encoder, prepared, torch.cat([torch.from_numpy(part) for part in done]))
                 total += share / len(orders) * scores
     weight = teachers.lexical_weight
     if weight:
@@ -246,8 +245,8 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: cannot be written: {error.strerror}") from error
 
 
-def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether `path` already holds the scores that `facts` describe.
+def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") -> bool:
+    """Whether `path` already holds the scores, or what else there is, that `facts` describe.
 
     Raises:
         InputError: it holds something else, or nothing can be written there.
@@ -265,7 +264,7 @@ def scores_are_there(path: Path, facts: dict[str, Any]) -> bool:
         found.pop(name, None)
     changed = difference(found, json.loads(json.dumps(facts)))
     if changed:
-        raise InputError(f"--output {path}: holds other scores ({changed}); choose another name or add --overwrite")
+        raise InputError(f"--output {path}: holds other {what} ({changed}); choose another name or add --overwrite")
     return True
 
 

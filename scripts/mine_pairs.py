@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+r"""Find candidate pairs among sentences: near ones by words and by a bi-encoder, less near ones, and random ones.
+
+accelerate launch scripts/mine_pairs.py --encoders runs/bert/contrastive --sentences sentences.txt \
+    --output pairs.parquet
+
+A mix of your own: --mix lexical:1-10=1 nearest:1-3=2 nearest:4-20=1 random=0.5
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from transencoder.arguments import parse_stage
+from transencoder.encoders import check_bi_encoders
+from transencoder.errors import one_line_errors
+from transencoder.files import identity
+from transencoder.mining import Sides, mine_to_file, parse_mix, wanted_pairs
+from transencoder.pools import read_sentence_pool
+from transencoder.runtime import log, start
+from transencoder.scoring import check_output, scores_are_there
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_stage("mine_pairs", __doc__)
+    output, facts = Path(arguments.output), identity(arguments)
+    sources = parse_mix(arguments.mix)
+    check_output(output)
+    if not arguments.overwrite and scores_are_there(output, facts, "pairs"):
+        return log(f"{output} is complete already")
+    accelerator = start(arguments)
+
+    check_bi_encoders(arguments.encoders, arguments.pooling)
+    first = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
+    second = first
+    if arguments.sentences_b:
+        second = read_sentence_pool(arguments.sentences_b, arguments.data_dir, arguments.columns)
+    sides = Sides(first, second)
+    wanted = wanted_pairs(sources, arguments.num_pairs, sides)
+    log(f"{len(first)} sentences{'' if sides.single else f' and {len(second)}'}, {sum(wanted)} pairs wanted")
+
+    mine_to_file(arguments, sides, accelerator, facts)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

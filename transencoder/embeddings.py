@@ -1,0 +1,79 @@
+"""Sentences -> unit vectors: on disk, memory-mapped, for many; at once for a few."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoConfig
+
+from transencoder.data import tokenize
+from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
+from transencoder.engines import autocast
+from transencoder.parts import Parts
+from transencoder.scoring import each_part
+from transencoder.tables import SENTENCES
+
+TEXTS_AT_ONCE = 64  # of a few texts that are not worth sorting by length
+
+
+def embed(
+    names: list[str],
+    sentences: datasets.Dataset,
+    path: Path,
+    accelerator: Accelerator,
+    batch_tokens: int,
+    parts: Parts,
+    pooling: str | None = None,
+) -> np.ndarray:
+    """Vectors whose inner product is the cosine, or with several encoders the mean of their cosines.
+
+    Args:
+        names: bi-encoders, which are loaded one after another.
+        sentences: column sentence.
+        path: file to write in NumPy's format, from the first process.
+        parts: where what is done is kept; `path`'s stem tells several sets of sentences apart.
+    Returns:
+        float32 [sentences, d], memory-mapped, d being the sum of the encoders' dimensions.
+    """
+    widths = [AutoConfig.from_pretrained(name).hidden_size for name in names]
+    target, column = None, 0
+    if accelerator.is_main_process:
+        shape = (len(sentences), sum(widths))
+        target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    for number, (name, width) in enumerate(zip(names, widths, strict=True)):
+        encoder = load_encoder(name, pooling).to(accelerator.device).eval()
+        tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
+        row, title = 0, f"Encoding with {Path(name).name}"
+        for part in each_part(encoder, tokens, accelerator, batch_tokens, title, parts, f"{path.stem}-{number}"):
+            if target is not None:
+                target[row : row + len(part), column : column + width] = unit(part) / np.sqrt(len(names))
+            row += len(part)
+        column += width
+    if target is not None:
+        target.flush()
+    accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float32 [rows, d]; a row of zeros stays."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@torch.inference_mode()
+def run_on_texts(encoder: BiEncoder | CrossEncoder, *columns: list[str], accelerator: Accelerator) -> np.ndarray:
+    """What an encoder makes of a few texts, without any file: of sentences float32 [texts, d], unit vectors; of pairs
+    (two columns) float32 [pairs], in (0, 1).
+    """
+    outputs = []
+    for start in range(0, len(columns[0]), TEXTS_AT_ONCE):
+        texts = [column[start : start + TEXTS_AT_ONCE] for column in columns]
+        inputs = encoder.tokenizer(
+            *texts, truncation=True, max_length=encoder.max_length, padding=True, return_tensors="pt"
+        )
+        with autocast(accelerator):
+            outputs.append(encoder(**inputs.to(accelerator.device)).float().cpu())
+    joined = torch.cat(outputs)
+    return joined.sigmoid().numpy() if encoder.kind == "cross" else unit(joined.numpy())

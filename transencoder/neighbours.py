@@ -1,0 +1,97 @@
+"""Neighbours of sentences: by shared words (BM25) and by the cosine of their vectors (FAISS)."""
+
+from pathlib import Path
+
+import bm25s
+import faiss
+import numpy as np
+from faiss.contrib.ondisk import merge_ondisk
+
+EXACT_ROWS = 100_000  # up to so many vectors are all compared; more are looked for in some of their clusters
+ROWS_AT_ONCE = 200_000  # vectors that are in memory while the index of more of them is built
+MOST_CLUSTERS = 8192
+CLUSTERS_SEARCHED = 32
+SAMPLES_PER_CLUSTER = 40  # FAISS warns below 39
+WORDS = r"(?u)\b\w+\b"
+
+
+class LexicalIndex:
+    """Sentences by their words, all in memory: meant for 100,000 of them.
+
+    No words are left out as too frequent, which would need to know the language: BM25 gives them next to no weight.
+    """
+
+    def __init__(self, sentences: list[str]):
+        self.size = len(sentences)
+        words = _words(sentences)
+        self._index = bm25s.BM25() if any(words) else None
+        if self._index:
+            self._index.index(words, show_progress=False)
+
+    def search(self, queries: list[str], k: int) -> np.ndarray:
+        """Rows of the `k` sentences that are most like each query, the best first.
+
+        Returns:
+            int64 [queries, k]; -1 behind the last sentence that shares a word with the query.
+        """
+        found = np.full((len(queries), k), -1, dtype=np.int64)
+        if self._index:
+            rows, scores = self._index.retrieve(_words(queries), k=min(k, self.size), show_progress=False)
+            found[:, : rows.shape[1]] = np.where(scores > 0, rows, -1)
+        return found
+
+
+def _words(sentences: list[str]) -> list[list[str]]:
+    return bm25s.tokenize(sentences, token_pattern=WORDS, stopwords=None, return_ids=False, show_progress=False)
+
+
+def vector_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Index:
+    """An index by inner product: exact up to `EXACT_ROWS`, else of clusters, in `folder`, of which some are searched.
+
+    Args:
+        vectors: float32 [rows, d], of unit length; may be memory-mapped.
+        folder: for the clusters' files, which must stay while the index is used. Memory does not grow with the rows.
+    """
+    if len(vectors) > EXACT_ROWS:
+        return _clustered_index(vectors, folder, seed)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors))
+    return index
+
+
+def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
+    """A trained index without any rows: a byte for each dimension of a vector, clusters drawn from a sample.
+
+    Args:
+        vectors: float32 [rows, d].
+    """
+    rows = len(vectors)
+    clusters = max(1, min(int(4 * rows**0.5), MOST_CLUSTERS, rows // SAMPLES_PER_CLUSTER))
+    index = faiss.index_factory(vectors.shape[1], f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed % 2**31
+    chosen = np.random.default_rng(seed).choice(rows, min(rows, clusters * SAMPLES_PER_CLUSTER), replace=False)
+    index.train(np.ascontiguousarray(vectors[np.sort(chosen)]))
+    index.nprobe = CLUSTERS_SEARCHED
+    return index
+
+
+def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.IndexIVF:
+    """The clusters of all vectors, memory-mapped: built block by block, and merged on disk."""
+    index = empty_clusters(vectors, seed)
+    trained = str(folder / "trained.faiss")
+    faiss.write_index(index, trained)
+    blocks = []
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        block, rows = faiss.read_index(trained), vectors[start : start + ROWS_AT_ONCE]
+        block.add_with_ids(np.ascontiguousarray(rows), np.arange(start, start + len(rows)))
+        blocks.append(str(folder / f"block-{start}.faiss"))
+        faiss.write_index(block, blocks[-1])
+    merge_ondisk(index, blocks, str(folder / "clusters"))
+    for block in blocks:
+        Path(block).unlink()
+    return index
+
+
+def search_vectors(index: faiss.Index, queries: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the `k` nearest vectors of each query, nearest first: int64 [queries, k], -1 where there are no more."""
+    return index.search(np.ascontiguousarray(queries), k)[1]
