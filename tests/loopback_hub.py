@@ -23,7 +23,6 @@ LFS = re.compile(r"\.(safetensors|bin|onnx|png|model)$")
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 LANGUAGE = re.compile(r"^([a-z]{2,3}|code|multilingual)$")
-LANGUAGE = re.compile(r"^([a-z]{2,3}|code|multilingual)$")
 
 
 @dataclass
