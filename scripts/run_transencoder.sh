@@ -14,6 +14,9 @@
 #   --push_to_hub NAME  ORG/NAME: push each cycle's models to ORG/NAME-bi and ORG/NAME-cross, beside the work (--seeds: to
 #                       ORG/NAME-seed-N-bi, ...); with --hub_public for everybody to see; --hub_license ID and
 #                       --hub_language CODE say in the cards what the base model's card does not
+#   --student NAME      of several students train only this one (name, or number from 0); the same command with each of the
+#                       others, on other machines, does the rest; they meet at the scores, which the first one makes
+#   --patience SECONDS  how long to wait for the others (default: 86400, a day)
 #   --dry_run           print the commands, run nothing
 #
 # Cost, with the time of one training of the cross-encoder (step 2) as the unit: step 1 is about 0.1 to 1, and each cycle
@@ -26,7 +29,7 @@ set -euo pipefail
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-10000}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-launcher="accelerate launch" recipe="" run="" dry="" push="" pusher="" plan_flags=() seed=() seeds=()
+launcher="accelerate launch" recipe="" run="" dry="" push="" pusher="" student="" patience=86400 plan_flags=() seed=() seeds=()
 
 fail() { echo "run_transencoder.sh: error: $1" >&2; exit 2; }
 while (($#)); do
@@ -38,7 +41,7 @@ while (($#)); do
       ((${#seeds[@]} > 1)) || fail "--seeds needs two or more numbers"
       continue ;;
     --recipe | --output_dir | --launcher | --plm | --bi_encoder | --data_dir | --seed | --push_to_hub | --hub_license | \
-      --hub_language) (($# > 1)) || fail "$1 needs a value" ;;
+      --hub_language | --student | --patience) (($# > 1)) || fail "$1 needs a value" ;;
     *) fail "unknown argument $1 (see --help)" ;;
   esac
   case $1 in
@@ -47,15 +50,19 @@ while (($#)); do
     --launcher) launcher=$2 ;;
     --plm | --bi_encoder | --data_dir | --hub_license | --hub_language) plan_flags+=("$1" "$2") ;;
     --push_to_hub) push=$2 ;;
+    --student) student=$2 ;;
+    --patience) patience=$2 ;;
     --seed) plan_flags+=(--seed "$2") seed=(--seed "$2") ;;
   esac
   shift 2
 done
 [[ $recipe && $run ]] || fail "give --recipe FILE and --output_dir DIR (see --help)"
+[[ $patience =~ ^[0-9]+$ ]] || fail "--patience $patience: must be a number of seconds"
 
 # Several seeds: this script once for each, and the table of all.
 if ((${#seeds[@]})); then
   ((${#seed[@]} == 0)) || fail "--seed and --seeds exclude one another"
+  [[ ! $student ]] || fail "--student and --seeds exclude one another"
   [[ ! -e $run/recipe.yaml ]] || fail "--output_dir $run: holds a run of one seed; choose another folder"
   for number in "${seeds[@]}"; do
     [[ $dry ]] || echo "Seed $number" >&2
@@ -73,6 +80,15 @@ plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:
 eval "$plan"
 [[ $dry ]] || recipe=$run/recipe.yaml
 
+# Which student this is: its place among them, or nothing where one script trains all.
+if [[ $student ]]; then
+  for i in "${!NAMES[@]}"; do [[ ${NAMES[i]} != "$student" ]] || student=$i; done
+  [[ $student =~ ^[0-9]+$ ]] && ((student < ${#NAMES[@]})) || fail "--student $student: $recipe has the students ${NAMES[*]}"
+  [[ $dry ]] || rm -f "$run/.failed-${NAMES[student]}"
+fi
+stopped=""
+trap 'stopped=1' USR1  # the stage that runs gets one of its own, and ends
+
 students=${#NAMES[@]} done_count=0 redone="" mined=0
 total=$((1 + CYCLES * (ALTERNATE ? 3 + 2 * students : 2 + students)))
 ((${#PAIRS[@]})) || total=$((total + (REMINE ? CYCLES : 1)))
@@ -87,11 +103,34 @@ is_complete() {
   fi
 }
 
-# stage TITLE OUTPUT SCRIPT ARGUMENT...: run a script unless its output is complete.
+# Ends this script where it was asked to stop.
+stop_if_asked() {
+  [[ ! $stopped ]] || { echo "run_transencoder.sh: stopped by a signal. The same command again goes on from here." >&2; exit 75; }
+}
+
+# await OWNER TITLE OUTPUT: wait for what another student makes.
+await() {
+  local name=${NAMES[$1]} since=$SECONDS
+  is_complete "$3" || echo "[$done_count/$total] $2: waiting for $name" >&2
+  until is_complete "$3"; do
+    stop_if_asked
+    [[ ! -e $run/.failed-$name ]] || { echo "run_transencoder.sh: '$2' failed at $name; start both again" >&2; exit 1; }
+    ((SECONDS - since < patience)) || { echo "run_transencoder.sh: no '$2' from $name in $patience s (--patience)" >&2; exit 1; }
+    sleep 2
+  done
+}
+
+# stage OWNER TITLE OUTPUT SCRIPT ARGUMENT...: run a script unless its output is complete. OWNER is the student whose stage it
+# is; what all share is the first one's.
 stage() {
-  local title=$1 output=$2 script=$3
-  shift 3
+  local owner=$1 title=$2 output=$3 script=$4
+  shift 4
   done_count=$((done_count + 1))
+  if [[ $student && ! $dry ]] && ((owner != student)); then
+    [[ $script == evaluate_encoders.py ]] || await "$owner" "$title" "$output"  # nothing is made from a table
+    return
+  fi
+  stop_if_asked
   local command=("${launcher[@]}" "$here/$script" --recipe "$recipe" "$@" ${seed[@]+"${seed[@]}"})
   if [[ $dry ]]; then
     printf '%q ' "${command[@]}"; echo
@@ -106,6 +145,8 @@ stage() {
   echo "[$done_count/$total] $title" >&2
   local started=$SECONDS
   "${command[@]}" || {
+    stop_if_asked
+    [[ ! $student ]] || touch "$run/.failed-${NAMES[student]}"
     echo "run_transencoder.sh: '$title' failed (see above). The same command again goes on from here." >&2
     exit 1
   }
@@ -124,7 +165,7 @@ adds_nothing() {
 # Pushes what is finished, in a process of its own, so that neither a slow nor a broken network costs the run anything. What
 # one push leaves out the next makes up for; only the last one is waited for.
 push() {
-  if [[ ! $push || $dry ]] || { [[ $pusher ]] && kill -0 "$pusher" 2>/dev/null; }; then return; fi
+  if [[ ! $push || $dry ]] || ((${student:-0})) || { [[ $pusher ]] && kill -0 "$pusher" 2>/dev/null; }; then return; fi
   python "$here/push_to_hub.py" "$run" </dev/null &
   pusher=$!
 }
@@ -138,13 +179,13 @@ for i in "${!NAMES[@]}"; do
   fi
   eval "options=(${STEP1_OPTIONS[i]})"
   bi+=("$run/contrastive/${NAMES[i]}")
-  stage "contrastive start of ${NAMES[i]}" "${bi[i]}" train_contrastive.py --model_name_or_path "${STEP1_PLMS[i]}" \
+  stage "$i" "contrastive start of ${NAMES[i]}" "${bi[i]}" train_contrastive.py --model_name_or_path "${STEP1_PLMS[i]}" \
     --sentences "${SENTENCES[@]}" "${DEV[@]}" --output_dir "${bi[i]}" "${options[@]}"
 done
 start=("${bi[@]}")
 # What the students of the next cycle begin with.
 bi_from=("${start[@]}") cross_from=("${CROSS_PLMS[@]}") carry=()
-stage "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
+stage 0 "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
   "${ENSEMBLES[@]}" --output_dir "$run/start"
 push
 
@@ -154,12 +195,12 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   # Without pairs of its own the recipe's sentences are mined: once, with the start, or again with each better bi-encoder.
   if ((${#PAIRS[@]} == 0 || mined)) && ((cycle == 1 || REMINE)); then
     mined=1 PAIRS=("$folder/pairs.parquet")
-    stage "cycle $cycle: mine pairs" "${PAIRS[0]}" mine_pairs.py --encoders "${bi[@]}" "${SIDES[@]}" "${DATA[@]}" --output "${PAIRS[0]}"
+    stage 0 "cycle $cycle: mine pairs" "${PAIRS[0]}" mine_pairs.py --encoders "${bi[@]}" "${SIDES[@]}" "${DATA[@]}" --output "${PAIRS[0]}"
   fi
 
   # Step 2: the bi-encoders' mean score labels the pairs; each student's cross-encoder starts from its raw language model.
   # Plain self-distillation leaves the cross-encoder out.
-  stage "cycle $cycle: label with the bi-encoder" "$folder/bi-scores.parquet" score_pairs.py --encoders "${bi[@]}" \
+  stage 0 "cycle $cycle: label with the bi-encoder" "$folder/bi-scores.parquet" score_pairs.py --encoders "${bi[@]}" \
     --pairs "${PAIRS[@]}" --drop_duplicates --output "$folder/bi-scores.parquet"
   adds_nothing "$cycle" && break
   labels=$folder/bi-scores.parquet
@@ -167,11 +208,11 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
     for i in "${!NAMES[@]}"; do
       eval "options=(${CROSS_OPTIONS[i]})"
       cross+=("$folder/cross-encoder/${NAMES[i]}")
-      stage "cycle $cycle: cross-encoder of ${NAMES[i]}" "${cross[i]}" distill_bi2cross.py "${DEV[@]}" "${carry[@]}" \
+      stage "$i" "cycle $cycle: cross-encoder of ${NAMES[i]}" "${cross[i]}" distill_bi2cross.py "${DEV[@]}" "${carry[@]}" \
         --model_name_or_path "${cross_from[i]}" --scores "$labels" --output_dir "${cross[i]}" "${options[@]}"
     done
     labels=$folder/cross-scores.parquet
-    stage "cycle $cycle: label with the cross-encoder" "$labels" score_pairs.py --encoders "${cross[@]}" \
+    stage 0 "cycle $cycle: label with the cross-encoder" "$labels" score_pairs.py --encoders "${cross[@]}" \
       --pairs "${PAIRS[@]}" --drop_duplicates --output "$labels"
   fi
 
@@ -179,16 +220,17 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   for i in "${!NAMES[@]}"; do
     eval "options=(${BI_OPTIONS[i]})"
     bi[i]=$folder/bi-encoder/${NAMES[i]}
-    stage "cycle $cycle: bi-encoder of ${NAMES[i]}" "${bi[i]}" distill_cross2bi.py "${DEV[@]}" \
+    stage "$i" "cycle $cycle: bi-encoder of ${NAMES[i]}" "${bi[i]}" distill_cross2bi.py "${DEV[@]}" \
       --model_name_or_path "${bi_from[i]}" --scores "$labels" --output_dir "${bi[i]}" "${options[@]}"
   done
   if [[ $CARRY_OVER ]]; then bi_from=("${bi[@]}") cross_from=("${cross[@]}") carry=(--carry_over=True); fi
 
-  stage "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
+  stage 0 "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
     "${DATA[@]}" "${ENSEMBLES[@]}" --output_dir "$folder"
   push
 done
 
+((${student:-0} == 0)) || exit 0
 [[ $dry ]] || python "$here/summarize_run.py" "$run"
 [[ ! $pusher ]] || wait "$pusher" || true
 push

@@ -6,6 +6,7 @@ half-precision weights that FSDP's and DeepSpeed's own mixed precision keep or g
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from transencoder.errors import InputError
 
+# How long processes wait for one another. What the first one does alone, such as writing files, may take long; a
+# process that ends is noticed by its launcher, a machine that is lost by its heartbeat.
+LONGEST_WAIT = timedelta(hours=6)
 TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as DeepSpeed's configuration names them
 
 
@@ -30,13 +34,13 @@ def process_group() -> list[InitProcessGroupKwargs]:
     accelerators only, would be plain data parallelism in name and nothing at all in fact.
     """
     if not without_gpu():
-        return []
+        return [InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it chose it
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return []
     if _is_set("ACCELERATE_USE_FSDP"):
         PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
-    return [InitProcessGroupKwargs(backend="gloo")]
+    return [InitProcessGroupKwargs(backend="gloo", timeout=LONGEST_WAIT)]
 
 
 def accelerate_precision(precision: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,7 +73,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and put it in the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Students on several machines may write the same recipe at the same time.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             write(stream)

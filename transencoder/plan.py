@@ -327,7 +327,7 @@ def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
         changed = difference(before, now)
         if changed:
             raise InputError(f"--output_dir {folder}: holds another run's results ({changed}); choose another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(file != path and not file.name.startswith(".") for file in folder.iterdir()):
         raise InputError(f"--output_dir {folder}: holds files that are not this tool's; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from transencoder.engines import accelerate_precision, choose_precision, process_group, set_up_engine
 from transencoder.errors import InputError, is_first_process
+from transencoder.heartbeat import watch_machines
 from transencoder.options import StageArguments
 
 PROJECT = "trans-encoder"
@@ -40,6 +41,7 @@ def start(arguments: StageArguments) -> Accelerator:
         project_dir=getattr(arguments, "output_dir", None),
         kwargs_handlers=process_group(),
     )
+    watch_machines()
     set_up_engine(accelerator, precision)
     set_seed(arguments.seed)
     return accelerator
