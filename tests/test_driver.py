@@ -270,6 +270,9 @@ def test_commands_in_the_documentation_are_accepted(page, line, tmp_path):
     words = shlex.split(line)
     while "=" in words[0]:
         words = words[1:]
+    if words[0] == "sbatch":
+        words = words[words.index("scripts/transencoder.slurm") + 1 :]
+        words = ["accelerate", "launch", *words] if words[0].endswith(".py") else ["bash", DRIVER[1], *words]
     if words[0] == "accelerate":
         parsed(words[2:])
     elif words[0] == "bash":
