@@ -16,6 +16,8 @@ if ((processes == 1)); then
 elif ((gpus == 0)) && grep -q "^distributed_type: MULTI_GPU" "$config"; then
   export ACCELERATE_USE_CPU=true  # plain data parallelism over gloo
 fi
+# The node's name for the others, which know it by SLURM's; many a machine takes itself for "localhost".
+export PET_LOCAL_ADDR=${PET_LOCAL_ADDR-$SLURMD_NODENAME}
 # The first node keeps the list of all, at a port of the job's own.
 exec accelerate launch --config_file "$config" --num_processes "$processes" --num_machines "$SLURM_JOB_NUM_NODES" \
   --machine_rank "$SLURM_NODEID" --rdzv_backend c10d --rdzv_conf is_host=$((SLURM_NODEID == 0)) \

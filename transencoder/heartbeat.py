@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+import psutil
 from torch.distributed import Store, TCPStore
 
 BEAT = 5.0  # seconds
@@ -28,7 +29,7 @@ class Heartbeat:
     Args:
         store: shared by all machines.
         machine, machines: this one's number, from 0, and how many there are.
-        on_loss: called once with a sentence that says what is lost.
+        on_loss: called once, with a sentence that says what is lost, and whether it is this machine that is cut off.
         beat, silence: seconds.
     """
 
@@ -37,7 +38,7 @@ class Heartbeat:
         store: Store,
         machine: int,
         machines: int,
-        on_loss: Callable[[str], None],
+        on_loss: Callable[[str, bool], None],
         beat: float = BEAT,
         silence: float = SILENCE,
     ):
@@ -82,19 +83,20 @@ class Heartbeat:
             if now - before > self.beat:  # this process was itself suspended: nobody can be blamed for the silence
                 self.last_beats = {number: (beat, now) for number, (beat, _) in self.last_beats.items()}
             before = now
-            lost = self.lost(now)
-            if lost and not self.stopped.is_set():
+            silent = self.silent(now)
+            if silent and not self.stopped.is_set():
                 self.stopped.set()
-                self.on_loss(lost)
+                self.on_loss(self.sentence(silent), self.machine in silent)
 
-    def lost(self, now: float) -> str:
-        """Which machines have been silent for too long, in a sentence; empty when none has."""
-        silent = [
+    def silent(self, now: float) -> list[int]:
+        """The machines that have not been heard for too long."""
+        return [
             number for number, (beat, heard) in self.last_beats.items() if beat != DONE and now - heard > self.silence
         ]
-        if not silent:
-            return ""
-        if self.machine in silent:  # not even its own beats come back
+
+    def sentence(self, silent: list[int]) -> str:
+        """What is lost. A machine that does not even hear itself has no way to the store."""
+        if self.machine in silent:
             return f"{self.name} has not reached the other machines for {self.silence:.0f} s"
         names = [self.last_beats[number][0].decode().partition(" ")[2] or f"machine {number}" for number in silent]
         return f"nothing heard from {', '.join(names)} for {self.silence:.0f} s"
@@ -104,7 +106,7 @@ def watch_machines() -> Heartbeat | None:
     """Start the heartbeat of this machine, in its first process, where there are several machines.
 
     The launcher says in the environment where its store is and how many machines there are. When one is lost, this
-    process ends with code 1, and its launcher ends the others here.
+    process ends with code 1, and with it the others here.
     """
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines == 1 or int(os.environ.get("LOCAL_RANK", 0)):
@@ -117,12 +119,14 @@ def watch_machines() -> Heartbeat | None:
     return heartbeat
 
 
-def _end(what: str) -> None:
-    print(
-        f"{what}: is it down, or its network? The same command goes on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
+def _end(what: str, cut_off: bool) -> None:
+    print(f"{what}: is it down, or its network? The same command goes on from the last checkpoint", file=sys.stderr)
+    sys.stderr.flush()
+    if cut_off:  # then its launcher, too, waits for the store, and would not end the others
+        launcher = psutil.Process().parent()
+        for process in [*launcher.children(recursive=True), launcher]:
+            if process.pid != os.getpid():
+                process.kill()
     os._exit(1)  # the main thread may be inside a sum that never ends
 
 
