@@ -164,6 +164,29 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bi_encoder(tiny_bert, tmp_path_factory) -> Path:
+    """Folder of a bi-encoder on the tiny BERT."""
+    from transencoder.encoders import BiEncoder
+
+    folder = tmp_path_factory.mktemp("bi") / "bi"
+    folder.mkdir()
+    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cross_encoder(tiny_bert, tmp_path_factory) -> Path:
+    """Folder of a cross-encoder on the tiny BERT, with a random head."""
+    from transencoder.encoders import CrossEncoder
+
+    folder = tmp_path_factory.mktemp("cross") / "cross"
+    folder.mkdir()
+    torch.manual_seed(0)
+    CrossEncoder.from_pretrained(str(tiny_bert)).save_pretrained(folder)
+    return folder
+
+
 def launch_command(script: str, *words: object, processes: int = 1, direct: bool = False, config: str = "") -> dict:
     """`args` and `env` of a subprocess that runs a script: through `accelerate launch`, or `direct`ly with Python.
 

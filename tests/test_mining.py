@@ -10,7 +10,6 @@ from conftest import launch, random_sentences
 
 from transencoder import mining
 from transencoder.arguments import parse_stage
-from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
 from transencoder.mining import Miner, Sides, Source, draw, parse_mix, texts_of, wanted_pairs, without_self
 from transencoder.parts import Parts
@@ -182,14 +181,6 @@ def test_what_was_drawn_before_a_crash_is_not_looked_for_again(tmp_path, acceler
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bi_encoder(tiny_bert, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bi") / "bi"
-    folder.mkdir()
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -293,6 +293,10 @@ LIMITS = {
     "drophead": (0, 1),
     "weight_decay": (0, None),
     "lexical_weight": (0, 1),
+    "threshold": (0, 1),
+    "top_k": (1, None),
+    "candidates": (1, None),
+    "neighbours": (1, None),
 }
 POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
 

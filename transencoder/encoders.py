@@ -177,7 +177,7 @@ def check_language_model(name: str) -> None:
 def check_cross_encoder(name: str) -> None:
     """Refuse, before any weights are loaded, what is not a cross-encoder."""
     if inspect_encoder(name) != "cross":
-        raise InputError(f"{name}: not a cross-encoder, which --carry_over goes on with")
+        raise InputError(f"{name}: not a cross-encoder")
 
 
 def read_pooling(name: str) -> str:

@@ -111,6 +111,11 @@ def identity(arguments: Any) -> dict[str, Any]:
     return {**values, "inputs": {str(path): sum_ for path in paths if (sum_ := _checksum(path))}}
 
 
+def model_identity(name: str, pooling: str | None) -> dict[str, str | None]:
+    """What tells a model from another: the checksum of a folder's weights, or a Hub id; and how it pools."""
+    return {"weights": _checksum(Path(name)) or name, "pooling": pooling}
+
+
 def _checksum(path: Path) -> str | None:
     """SHA-256 of a file, or of the weights in a model's folder; None for anything else."""
     files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+r"""Find groups of paraphrases in a file of sentences, and write them as CSV.
+
+python scripts/find_duplicates.py --bi_encoder runs/mine/best/bi-encoder --cross_encoder runs/mine/best/cross-encoder \
+    --sentences sentences.txt --output duplicates.csv
+"""
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+import datasets
+
+from transencoder.clusters import candidate_pairs, communities
+from transencoder.embeddings import embed
+from transencoder.encoders import check_bi_encoder, check_cross_encoder
+from transencoder.errors import InputError, one_line_errors
+from transencoder.files import model_identity, write_text
+from transencoder.neighbours import vector_index
+from transencoder.parts import Parts
+from transencoder.runtime import log, start
+from transencoder.scoring import Teachers, score_with
+from transencoder.tables import PAIRS, read_sentences
+from transencoder.tool_arguments import DuplicatesArguments, parse_tool
+
+
+@one_line_errors
+def main() -> None:
+    arguments = parse_tool(DuplicatesArguments, __doc__)
+    output = Path(arguments.output)
+    if output.suffix != ".csv":
+        raise InputError(f"--output {output}: must be the name of a .csv file")
+    if not arguments.sentences:
+        raise InputError("--sentences: give the file to search through")
+    check_bi_encoder(arguments.bi_encoder, arguments.pooling)
+    check_cross_encoder(arguments.cross_encoder)
+    sentences = read_sentences(arguments.sentences, arguments.columns)
+    accelerator = start(arguments)
+
+    facts = {"model": model_identity(arguments.bi_encoder, arguments.pooling), "sentences": len(sentences)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parts = Parts(output, facts, arguments.shard_rows, accelerator)
+    vectors = embed(
+        [arguments.bi_encoder],
+        sentences,
+        parts.folder / "sentences.vec",
+        accelerator,
+        arguments.eval_batch_tokens,
+        parts,
+        arguments.pooling,
+    )
+    rows = candidate_pairs(vector_index(vectors, parts.folder, arguments.seed), vectors, arguments.neighbours)
+    pairs = datasets.Dataset.from_dict({name: sentences[rows[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
+    teachers = Teachers([arguments.cross_encoder], both_orders=True)
+    (scores,) = score_with(teachers, [pairs], accelerator, arguments.eval_batch_tokens)
+    groups = communities(rows, scores, arguments.threshold, arguments.seed)
+    parts.remove()
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["cluster", "size", "score", "sentence"])
+    for number, group in enumerate(groups, start=1):
+        for row, score in group:
+            writer.writerow([number, len(group), f"{score:.3f}", sentences[row]["sentence"]])
+    write_text(output, text.getvalue())
+    log(f"{output}: {len(groups)} groups with {sum(map(len, groups))} of {len(sentences)} sentences")
+
+
+if __name__ == "__main__":
+    main()
