@@ -4,9 +4,9 @@ Run:
 
     python3 examples/build_pairs.py            # or: --seed 7
 
-Writes next to this script: sentences.txt, pairs.train.tsv (no labels), pairs.dev.tsv and
-pairs.test.tsv (label 1 = same intent, 0 = different intent). The same seed gives the same
-files. Only the standard library is used.
+Writes next to this script: sentences.txt, and for measuring pairs.dev.tsv and pairs.test.tsv
+(label 1 = same intent, 0 = different intent). The same seed gives the same files. Only the
+standard library is used.
 """
 
 import argparse
@@ -20,11 +20,8 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = ["intent", "family", "split", "question"]
 SPLITS = ("train", "dev", "test")
 EVAL_PAIRS = {"dev": 900, "test": 1800}
-TRAIN_PAIRS = 6000
 POSITIVE_SHARE = 0.40
 FAMILY_SHARE = 0.35  # of the negatives in dev and test: same family, different intent
-# The pairs that only the training file has: same intent, same family, different family.
-EXTRA_SHARES = (0.40, 0.35, 0.25)
 
 Row = namedtuple("Row", COLUMNS)
 
@@ -69,12 +66,11 @@ def group_pairs(rows):
     return same, near, far
 
 
-def sample(rng, pairs, count, used=frozenset()):
-    """Draw `count` pairs that are not in `used` and put each in a random order."""
-    free = [pair for pair in pairs if pair not in used]
-    if len(free) < count:
-        raise ValueError(f"{count} pairs wanted, only {len(free)} there")
-    return [pair if rng.random() < 0.5 else pair[::-1] for pair in rng.sample(free, count)]
+def sample(rng, pairs, count):
+    """Draw `count` pairs and put each in a random order."""
+    if len(pairs) < count:
+        raise ValueError(f"{count} pairs wanted, only {len(pairs)} there")
+    return [pair if rng.random() < 0.5 else pair[::-1] for pair in rng.sample(pairs, count)]
 
 
 def eval_pairs(rng, rows, count):
@@ -87,19 +83,6 @@ def eval_pairs(rng, rows, count):
     labelled += [(a, b, 0) for a, b in sample(rng, far, count - n_same - n_near)]
     rng.shuffle(labelled)
     return labelled
-
-
-def train_pairs(rng, rows, fixed):
-    """Take all `fixed` pairs and fill up with others over all intents; no labels."""
-    used = {pair for a, b in fixed for pair in ((a, b), (b, a))}
-    extra = TRAIN_PAIRS - len(fixed)
-    counts = [round(extra * share) for share in EXTRA_SHARES]
-    counts[-1] = extra - sum(counts[:-1])
-    pairs = list(fixed)
-    for position, group in enumerate(group_pairs(rows)):
-        pairs += sample(rng, group, counts[position], used)
-    rng.shuffle(pairs)
-    return pairs
 
 
 def write_tsv(path, header, rows):
@@ -120,20 +103,15 @@ def main():
     rng.shuffle(sentences)
     (HERE / "sentences.txt").write_bytes(("\n".join(sentences) + "\n").encode("utf-8"))
 
-    counts, fixed = {}, []
+    counts = {}
     for split, count in EVAL_PAIRS.items():
         labelled = eval_pairs(rng, [row for row in rows if row.split == split], count)
         write_tsv(HERE / f"pairs.{split}.tsv", ["sentence1", "sentence2", "label"], labelled)
         counts[split] = (len(labelled), sum(label for _, _, label in labelled))
-        fixed += [(a, b) for a, b, _ in labelled]
-    train = train_pairs(rng, rows, fixed)
-    if len({frozenset(pair) for pair in train}) != len(train):
-        raise ValueError("a training pair is there twice")
-    write_tsv(HERE / "pairs.train.tsv", ["sentence1", "sentence2"], train)
 
     print(
         f"{len({row.intent for row in rows})} intents, {len({row.family for row in rows})} families, "
-        f"{len(rows)} questions; pairs: train {len(train)} (unlabelled), "
+        f"{len(rows)} questions; pairs: "
         + ", ".join(f"{split} {total} ({same} same)" for split, (total, same) in counts.items())
     )
 
