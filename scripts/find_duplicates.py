@@ -54,7 +54,7 @@ def main() -> None:
     )
     rows = candidate_pairs(vector_index(vectors, parts.folder, arguments.seed), vectors, arguments.neighbours)
     pairs = datasets.Dataset.from_dict({name: sentences[rows[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
-    teachers = Teachers([arguments.cross_encoder], both_orders=True)
+    teachers = Teachers([arguments.bi_encoder, arguments.cross_encoder], pooling=arguments.pooling, both_orders=True)
     (scores,) = score_with(teachers, [pairs], accelerator, arguments.eval_batch_tokens)
     groups = communities(rows, scores, arguments.threshold, arguments.seed)
     parts.remove()

@@ -34,7 +34,7 @@ INDEX_FILE, SENTENCES_FILE, FACTS_FILE = "index.faiss", "sentences.arrow", "inde
 
 @dataclass(frozen=True)
 class Hit:
-    """One result. `score`: the cosine; `rerank`: the cross-encoder's score, where there is one."""
+    """One result. `score`: the cosine; `rerank`: the cross-encoder's mean score of both orders, where there is one."""
 
     sentence: str
     score: float
@@ -187,8 +187,14 @@ class Searcher:
         if not self.cross_encoder:
             return retrieved, retrieved, milliseconds
         started = time.perf_counter()
-        scores = run_on_texts(self.cross_encoder, [query] * len(texts), texts, accelerator=self.accelerator)
-        order = np.argsort(-scores, kind="stable")[:top_k]
+        queries = [query] * len(texts)
+        orders = [
+            run_on_texts(self.cross_encoder, *columns, accelerator=self.accelerator)
+            for columns in ((queries, texts), (texts, queries))
+        ]
+        scores = np.mean(orders, axis=0)
+        # The mean of both encoders, which are on one scale, is better than either: an ensemble.
+        order = np.argsort(-(scores + cosines[0][there]), kind="stable")[:top_k]
         reranked = [Hit(retrieved[i].sentence, retrieved[i].score, float(scores[i])) for i in order]
         milliseconds["rerank_ms"] = 1000 * (time.perf_counter() - started)
         return reranked, retrieved[:top_k], milliseconds

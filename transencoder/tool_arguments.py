@@ -55,7 +55,7 @@ class DuplicatesArguments(ToolArguments):
     cross_encoder: str = option("Cross-encoder that confirms: a folder or Hub id.")
     output: str = option("CSV file to write: cluster, size, score, sentence.")
     neighbours: int = option("Nearest neighbours of each sentence that are looked at.", 20)
-    threshold: float = option("Least score of the cross-encoder, 0 to 1, at which two sentences are one.", 0.8)
+    threshold: float = option("Least mean of both encoders' scores, 0 to 1, at which two sentences are one.", 0.85)
 
 
 def parse_tool(arguments: type, description: str | None) -> Any:
