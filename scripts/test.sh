@@ -8,4 +8,4 @@ ruff check .
 ruff format --check .
 # One file of tests after another in each of a few processes; with more threads than that they would wait for one another.
 export OMP_NUM_THREADS=1
-python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20 "$@"
