@@ -32,7 +32,10 @@ STAGE = "distill_bi2cross"
 def main() -> None:
     arguments, accelerator = begin(STAGE, __doc__)
 
-    (check_cross_encoder if arguments.carry_over else check_language_model)(arguments.model_name_or_path)
+    if arguments.carry_over:
+        check_cross_encoder(arguments.model_name_or_path, "--carry_over")
+    else:
+        check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments)
     swap = swap_of(arguments.swap, order_matters(arguments))

@@ -36,7 +36,7 @@ def main() -> None:
     if not arguments.sentences:
         raise InputError("--sentences: give the file to search through")
     check_bi_encoder(arguments.bi_encoder, arguments.pooling)
-    check_cross_encoder(arguments.cross_encoder)
+    check_cross_encoder(arguments.cross_encoder, "--cross_encoder")
     sentences = read_sentences(arguments.sentences, arguments.columns)
     accelerator = start(arguments)
 

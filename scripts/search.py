@@ -29,7 +29,7 @@ def open_searcher(arguments: SearchArguments) -> Searcher:
     """Check everything, bring the index up to date, load the models."""
     check_bi_encoder(arguments.bi_encoder, arguments.pooling)
     if arguments.cross_encoder:
-        check_cross_encoder(arguments.cross_encoder)
+        check_cross_encoder(arguments.cross_encoder, "--cross_encoder")
     folder = Path(arguments.index)
     there = check_index(folder, arguments.bi_encoder, arguments.pooling)
     if not there and not arguments.sentences:

@@ -111,6 +111,12 @@ def test_bad_input_is_refused_before_any_model_is_loaded(words, text, extra, sai
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and said in result.stderr, result.stderr
 
 
+def test_a_bi_encoder_cannot_rerank(words, bi_encoder, tmp_path, run_script):
+    given = [*words, "--sentences", tmp_path / "sentences.txt", "--cross_encoder", bi_encoder, "--query", "q"]
+    result = run_script("search.py", *given)
+    assert result.returncode == 2 and f"--cross_encoder: {bi_encoder} is not a cross-encoder" in result.stderr
+
+
 def test_an_index_of_another_model_and_a_damaged_one_are_refused(words, bi_encoder, tmp_path, run_script):
     given = [*words, "--sentences", tmp_path / "sentences.txt", "--query", "q"]
     assert run_script("search.py", *given).returncode == 0

@@ -325,7 +325,7 @@ def test_a_cross_encoder_can_be_trained_on(cross, tiny_bert, bi_scores, tmp_path
         return run_script("distill_bi2cross.py", *words, "--learning_rate", "1e-9", "--mixed_precision", "no", *more)
 
     refused(train(cross, tmp_path / "a"), "already a cross-encoder")
-    refused(train(tiny_bert, tmp_path / "a", "--carry_over"), "not a cross-encoder", "--carry_over")
+    refused(train(tiny_bert, tmp_path / "a", "--carry_over"), "is not a cross-encoder", "--carry_over")
     must(train(cross, tmp_path / "a", "--carry_over", "--loss", "mse"))
     for name, value in weights(cross).items():  # the head's weights too
         np.testing.assert_allclose(weights(tmp_path / "a")[name], value, atol=1e-6, err_msg=name)

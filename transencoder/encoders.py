@@ -174,10 +174,10 @@ def check_language_model(name: str) -> None:
         raise InputError(f"{name}: already a cross-encoder, where a pretrained language model is needed")
 
 
-def check_cross_encoder(name: str) -> None:
-    """Refuse, before any weights are loaded, what is not a cross-encoder."""
+def check_cross_encoder(name: str, flag: str) -> None:
+    """Refuse, before any weights are loaded, what is not a cross-encoder. `flag`: what asks for one."""
     if inspect_encoder(name) != "cross":
-        raise InputError(f"{name}: not a cross-encoder")
+        raise InputError(f"{flag}: {name} is not a cross-encoder")
 
 
 def read_pooling(name: str) -> str:
