@@ -7,9 +7,9 @@ memory, and a second run with the same file starts at once.
 import csv
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +34,7 @@ PAIR_SEPARATOR = "||"
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?$")
 BLOCK_BYTES = 16 << 20
-CACHE_VERSION = 1  # raise it when what is written to the cache changes
+CACHE_VERSION = 2  # raise it when what is written to the cache changes
 
 
 @contextmanager
@@ -243,6 +243,7 @@ def _checked(batch: pa.RecordBatch, source: str, rows_before: int, schema: pa.Sc
         else:
             column = _as_text(column, name, source)
             refuse(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), f"{name} is empty")
+            refuse(pc.match_substring(column, "\0"), f"{name} holds a NUL character (is the file UTF-16?)")
         arrays.append(column)
     return pa.record_batch(arrays, schema=schema)
 
@@ -259,17 +260,17 @@ def _as_text(column: pa.Array, name: str, source: str) -> pa.Array:
 
 def _as_numbers(column: pa.Array, name: str, source: str, rows_before: int) -> pa.Array:
     """Cast to float64; on failure find the row and say what stands there."""
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = pc.utf8_trim_whitespace(column)
     try:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = pc.utf8_trim_whitespace(column)
         return column.cast(pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         for row, value in enumerate(column.to_pylist(), start=rows_before + 1):
             try:
                 pa.scalar(value).cast(pa.float64())
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise InputError(f"{source}: row {row}: {name} {value!r} is not a number") from None
-        raise
+        raise InputError(f"{source}: {name} is of type {column.type}, not a number") from error
 
 
 def _read_batches(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> Iterator[pa.RecordBatch]:
@@ -307,7 +308,7 @@ def column_names(source: str) -> list[str]:
         return first.split("\t") if format_ == ".tsv" else next(csv.reader([first]), [])
     except UnicodeDecodeError as error:
         raise InputError(f"{source}: not UTF-8 text") from error
-    except (ValueError, pa.ArrowException, OSError, EOFError, csv.Error) as error:
+    except (ValueError, RecursionError, pa.ArrowException, OSError, EOFError, csv.Error) as error:
         raise InputError(f"{source}: cannot be read: {error}") from error
 
 
@@ -316,6 +317,9 @@ def _require_columns(source: str, theirs: list[str], found: list[str]) -> None:
     if missing:
         shown = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
         raise InputError(f"{source}: no column {missing[0]!r}; it has: {shown} (rename with --columns ours=theirs)")
+    twice = [name for name in theirs if found.count(name) > 1]
+    if twice:
+        raise InputError(f"{source}: two columns are called {twice[0]!r}")
 
 
 def _open(source: str) -> pa.NativeFile:
@@ -388,7 +392,7 @@ def _first_bad_json_row(source: str, schema: pa.Schema) -> str | None:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return f"{source}: line {number}: not JSON: {error}"
             if not isinstance(row, dict):
                 return f"{source}: line {number}: not a JSON object"
@@ -398,7 +402,7 @@ def _first_bad_json_row(source: str, schema: pa.Schema) -> str | None:
                     return f"{source}: line {number}: {name} is not a string"
                 if type_ == pa.float64() and (isinstance(value, bool) or not isinstance(value, int | float)):
                     return f"{source}: line {number}: {name} {value!r} is not a number"
-                if type_ == pa.float64() and not math.isfinite(value):
+                if type_ == pa.float64() and not abs(value) <= sys.float_info.max:
                     return f"{source}: line {number}: {name} is not a finite number"
     return None
 
