@@ -30,7 +30,7 @@ def parse() -> tuple[HubTarget, argparse.Namespace]:
     parser.add_argument("--data_dir", help="folder of the tasks in place of the recipe's")
     parser.add_argument("--seed", type=int, help="seed in place of the recipe's")
     parser.add_argument("--dry_run", action="store_true", help="write nothing")
-    return parser.parse_args_into_dataclasses(look_for_args_file=False)
+    return parser.parse_args_into_dataclasses()
 
 
 @one_line_errors

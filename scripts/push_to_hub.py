@@ -26,7 +26,7 @@ from transencoder.runtime import quiet_libraries
 def parse() -> tuple[HubTarget, argparse.Namespace]:
     parser = StageParser(HubTarget, __doc__)
     parser.add_argument("folder", type=Path, help="what run_transencoder.sh or a training stage filled")
-    return parser.parse_args_into_dataclasses(look_for_args_file=False)
+    return parser.parse_args_into_dataclasses()
 
 
 def repositories_of(folder: Path, target: HubTarget) -> list[Repository]:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -309,6 +309,7 @@ STAGES = {
     "evaluate_encoders": EvaluationArguments,
 }
 DRIVER = "run_transencoder"
+RECIPE_CHARACTERS = 256 << 10
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -330,9 +331,59 @@ class StageParser(HfArgumentParser):
         """Say what is wrong; without argparse's usage lines."""
         report_and_exit(message)
 
+    def parse_args_into_dataclasses(self, args: list[str] | None = None) -> tuple[Any, ...]:
+        """As HfArgumentParser's, with an unknown option as an error like any other."""
+        *parsed, unknown = super().parse_args_into_dataclasses(
+            args, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise InputError(f"unknown arguments: {' '.join(unknown)} (see --help)")
+        return tuple(parsed)
+
+    def parse_known_args(self, args: list[str] | None = None, namespace: Namespace | None = None) -> Any:
+        """As argparse's, but for words that no file of ours could hold: what is written down must be UTF-8."""
+        for word in sys.argv[1:] if args is None else args:
+            if not _is_text(word):
+                self.error(f"{word}: not UTF-8 text; rename the file")
+        return super().parse_known_args(args, namespace)
+
+
+def _is_text(word: str) -> bool:
+    """Whether it can be written as UTF-8, and be a file's name."""
+    return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
+
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML with the booleans of YAML 1.2: `mixed_precision: no` is the word "no"."""
+    """Safe YAML with the booleans of YAML 1.2: `mixed_precision: no` is the word "no".
+
+    Aliases (`*name`) may not blow a document up: written out in full it has at most `RECIPE_CHARACTERS`.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's tree, once it is known to be small."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > RECIPE_CHARACTERS:
+            raise yaml.YAMLError("its aliases stand for too much text, or for themselves")
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """Its text, if that can be written down."""
+        text = super().construct_scalar(node)
+        if not _is_text(text):
+            raise yaml.YAMLError(f"{text!r} is not UTF-8 text")
+        return text
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Characters and nodes of a tree with its aliases written out; infinite for one that contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_written_out(part, sizes) for part in parts)
+        sizes[id(node)] = 1 + inside
+    return sizes[id(node)]
 
 
 RecipeLoader.yaml_implicit_resolvers = {
@@ -348,14 +399,9 @@ def read_recipe(path: str) -> dict[str, dict[str, Any]]:
     Args:
         path: YAML file with the sections `common`, `run_transencoder` and one for each script, all optional.
     Raises:
-        InputError: no such file, not YAML, an unknown section or an unknown key.
+        InputError: no such file, not YAML, an unknown section, an unknown key, or a value that no option can have.
     """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader)
-    except OSError as error:
-        raise InputError(f"--recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {path}: not YAML: {error}") from error
+    content = _read_yaml(path)
     if isinstance(content, dict):
         content = {section: {} if keys is None else keys for section, keys in content.items()}
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
@@ -368,7 +414,38 @@ def read_recipe(path: str) -> dict[str, dict[str, Any]]:
         for key in keys:
             if section != DRIVER and key not in names[section]:
                 raise InputError(f"--recipe {path}: unknown key {key!r} in section {section!r}")
+        if section != DRIVER:
+            check_options(keys, f"--recipe {path}: {section}")
     return content
+
+
+def _read_yaml(path: str) -> Any:
+    """The content of a small YAML file."""
+    where = f"--recipe {path}"
+    try:
+        # A pipe would let the driver wait for ever, and can be read only once; a recipe is read by every stage.
+        if Path(path).exists() and not Path(path).is_file():
+            raise InputError(f"{where}: not a file")
+        if Path(path).stat().st_size > RECIPE_CHARACTERS:
+            raise InputError(f"{where}: longer than a recipe can be ({RECIPE_CHARACTERS} bytes)")
+        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), RecipeLoader)
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        # All but the first are PyYAML's own for a scalar that is not what its tag or its look promises: 2021-02-31.
+        raise InputError(f"{where}: not YAML: {error}") from error
+
+
+def check_options(values: dict[str, Any], where: str) -> None:
+    """Raise `InputError` unless each value is one that a command line can carry. `where`: how an error names it."""
+    for key, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, list | dict):
+                raise InputError(f"{where}.{key}: must be a value or a list of values")
+            if isinstance(item, str) and item.startswith("--"):
+                raise InputError(f"{where}.{key}: {item!r} cannot be a value")
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
@@ -401,11 +478,7 @@ def parse_stage(stage: str, description: str | None = None, argv: list[str] | No
         known = {f.name for f in dataclasses.fields(STAGES[stage])}
         shared = {key: value for key, value in recipe.get("common", {}).items() if key in known}
         recipe_words = as_options({**shared, **recipe.get(stage, {})})
-    arguments, unknown = parser.parse_args_into_dataclasses(
-        recipe_words + argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise InputError(f"unknown arguments: {' '.join(unknown)} (see --help)")
+    (arguments,) = parser.parse_args_into_dataclasses(recipe_words + argv)
     check_numbers(arguments)
     return arguments
 

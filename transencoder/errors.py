@@ -1,5 +1,6 @@
 """How a stage ends when something is wrong with what it was given."""
 
+import errno
 import functools
 import os
 import sys
@@ -19,7 +20,8 @@ def report_and_exit(message: str) -> None:
     """Print one line on stderr (from the first process only) and exit with code 2."""
     if is_first_process():
         script = os.path.basename(sys.argv[0])
-        print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+        line = f"{script}: error: {' '.join(message.split())}"
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -32,5 +34,9 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except InputError as error:
             report_and_exit(str(error))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            report_and_exit(f"{str(error.filename)[:60]}...: longer than a file's name can be")
 
     return wrapper

@@ -160,12 +160,14 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     if result and not (folder / result).exists() and not (folder / RUN_FILE).exists():
         return False
     advice = "choose another --output_dir or add --overwrite"
+    if (folder / RUN_FILE).exists() and not (folder / RUN_FILE).is_file():
+        raise InputError(f"{where}: {RUN_FILE} is not a file; {advice}")
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         found_stage, found, status = run["stage"], dict(run["arguments"]), run["status"]
     except FileNotFoundError:
         raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: {RUN_FILE} cannot be read; {advice}") from error
     if found_stage != stage:
         raise InputError(f"{where}: holds the result of {found_stage}; {advice}")

@@ -8,7 +8,15 @@ from typing import Any
 
 import yaml
 
-from transencoder.arguments import DRIVER, STAGES, ScoringArguments, as_options, parse_stage, read_recipe
+from transencoder.arguments import (
+    DRIVER,
+    STAGES,
+    ScoringArguments,
+    as_options,
+    check_options,
+    parse_stage,
+    read_recipe,
+)
 from transencoder.encoders import check_bi_encoder, check_language_model
 from transencoder.errors import InputError
 from transencoder.files import difference, write_text
@@ -17,7 +25,7 @@ from transencoder.paper import check_setting
 from transencoder.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.runtime import trackers
 from transencoder.selection import select_by, training_rows
-from transencoder.tasks import expand_groups, load_task, parse_spec, title
+from transencoder.tasks import PLAIN_NAME, expand_groups, load_task, parse_spec, title
 from transencoder.training import count_pieces
 
 ENSEMBLE = "ensemble"  # what tables call the mean of the students
@@ -163,7 +171,7 @@ def _check_pairs(plan: Plan, where: str) -> None:
 def _check_students(plan: Plan, where: str) -> None:
     """Refuse students without what they need, or whose folders would collide."""
     names = [student.name for student in plan.students]
-    if len(set(names)) < len(names) or any(Path(name).name != name or name == ".." for name in names):
+    if len(set(names)) < len(names) or not all(PLAIN_NAME.fullmatch(name) for name in names):
         raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
     if ENSEMBLE in names:
         raise InputError(f"{where}: a student cannot be called {ENSEMBLE!r}, which is the mean of all")
@@ -179,6 +187,7 @@ def _check_students(plan: Plan, where: str) -> None:
         for stage in TRAINING_STAGES:
             if not isinstance(getattr(student, stage), dict):
                 raise InputError(f"{where}: student {student.name}: {stage} must hold options")
+            check_options(getattr(student, stage), f"{where}: student {student.name}: {stage}")
 
 
 def _named_as_dev(spec: str) -> str:

@@ -1,5 +1,6 @@
 """The evaluation tasks: where each one lies on the Hub, what its file is called locally, and how it is measured."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Source:
     ordered: bool = False
 
 
+PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}")  # what a task, or a student and its folders, can be called
 THREE_SPLITS = (("test", "test"), ("dev", "validation"), ("train", "train"))
 
 TASKS = {
@@ -178,9 +180,11 @@ def parse_spec(spec: str) -> tuple[str, str, str | None]:
     "stsb.dev" -> stsb, dev, None; "mine.dev=a.tsv" -> mine, dev, a.tsv; "a.tsv" -> a, test, a.tsv.
 
     Raises:
-        InputError: a split that the task does not have.
+        InputError: a split that the task does not have, or a name that is no plain word.
     """
-    name, _, path = spec.rpartition("=")
+    name, _, path = ("", "", spec) if Path(spec).is_file() else spec.rpartition("=")
+    if "=" in spec and path != spec and not PLAIN_NAME.fullmatch(name):
+        raise InputError(f"{spec}: {name!r} cannot be a task's name: letters, digits, '_', '.' and '-' only")
     base, _, split = (name or spec).partition(".")
     if name:
         return base, split or "test", path

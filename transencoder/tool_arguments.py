@@ -60,6 +60,6 @@ class DuplicatesArguments(ToolArguments):
 
 def parse_tool(arguments: type, description: str | None) -> Any:
     """An instance of `arguments` from the command line."""
-    (parsed,) = StageParser(arguments, description).parse_args_into_dataclasses(look_for_args_file=False)
+    (parsed,) = StageParser(arguments, description).parse_args_into_dataclasses()
     check_numbers(parsed)
     return parsed
