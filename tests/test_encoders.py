@@ -168,12 +168,6 @@ def test_a_folder_without_weights_is_refused(tiny_bert, bi_folder, cross_folder)
             inspect_encoder(str(folder))
 
 
-def test_a_folder_with_older_weights_is_taken(bi_folder):
-    (bi_folder / "model.safetensors").unlink()
-    (bi_folder / "pytorch_model.bin").touch()
-    assert inspect_encoder(str(bi_folder)) == "bi"
-
-
 @pytest.mark.parametrize("damage", ["cut off", "empty", "no safetensors", "too long"])
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
 def test_damaged_weights_are_refused(cross_folder, name, damage):

@@ -8,6 +8,8 @@ import functools
 import inspect
 import json
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
 ]
+HALF_TO_DOUBLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}  # Normalize changes no cosine
 # What the output of a layer's attention heads goes into, in BERT/RoBERTa/XLM-R/DeBERTa, DistilBERT, MPNet, ModernBERT.
 ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
@@ -52,12 +55,18 @@ def inspect_encoder(name: str) -> Kind:
     config = read_model_file(name, "config.json")
     if config is None:
         raise InputError(f"{name}: not an encoder (no config.json)")
+    if isinstance(config, dict) and config.get("auto_map"):
+        # Loaded as the architecture that its model_type names it would be another model, without a word.
+        raise InputError(f"{name}: its config.json asks for code of its own (auto_map), which is never run here")
     if not isinstance(config, dict) or str(config.get("model_type")) not in CONFIG_MAPPING:
         raise InputError(f"{name}: not an encoder (config.json names no model_type that transformers knows)")
-    if Path(name).is_dir():
-        _check_folder(Path(name))
+    _config(name, None)
     architectures = config.get("architectures") or []
-    classifier = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
+    if not isinstance(architectures, list) or not isinstance(config.get("id2label") or {}, dict):
+        raise InputError(f"{name}: config.json: architectures must be a list, and id2label an object")
+    classifier = any(str(architecture).endswith("ForSequenceClassification") for architecture in architectures)
+    if Path(name).is_dir():
+        _check_folder(Path(name), classifier)
     # sentence-transformers 6 writes modules.json for a cross-encoder too, with one module.
     modules = _modules(name)
     if modules is not None and not (classifier and len(modules) == 1):
@@ -70,23 +79,47 @@ def inspect_encoder(name: str) -> Kind:
     return "plm"
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a model's folder without readable weights or without a tokenizer, or one that is still being written."""
+def _check_folder(folder: Path, classifier: bool) -> None:
+    """Refuse a model's folder without good weights or without a tokenizer, or one that is still being written."""
     run = read_model_file(str(folder), RUN_FILE)
     if isinstance(run, dict) and run.get("status") == "running":
         raise InputError(f"{folder}: its training is not finished; run the same command again")
-    weights = [path for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+    weights = list(folder.glob("model*.safetensors"))
+    if not weights and list(folder.glob("pytorch_model*.bin")):
+        auto = "AutoModelForSequenceClassification" if classifier else "AutoModel"
+        raise InputError(
+            f"{folder}: its weights are pickled (pytorch_model.bin), which can run code when they are read; if you "
+            f'trust them, convert them: python -c "from transformers import {auto} as A; '
+            f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
     if not weights:
         raise InputError(f"{folder}: no weights (model.safetensors)")
     for path in weights:
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass  # reads the header, and compares the file's length with it
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: damaged: {error}") from error
+        if not path.is_file():
+            raise InputError(f"{path}: not a file")
+        _check_weights(path, path.stat().st_mtime_ns)
     if not any(path for pattern in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(pattern)):
         raise InputError(f"{folder}: no tokenizer")
+
+
+@functools.lru_cache(maxsize=256)
+def _check_weights(path: Path, changed: int) -> None:
+    """Refuse a damaged file of weights, or one with a value that is no number; read once as long as it stays as it is.
+
+    Opening it reads the header, and compares the file's length with it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            _check_finite(path, ((tensor, file.get_tensor(tensor)) for tensor in file.keys()))  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+
+
+def _check_finite(where: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise `InputError` for the first tensor that holds NaN or an infinite value: all scores would be NaN."""
+    for name, tensor in tensors:
+        if tensor.dtype in HALF_TO_DOUBLE and not tensor.isfinite().all():
+            raise InputError(f"{where}: {name} holds values that are not finite (NaN or inf); its training broke down")
 
 
 def _modules(name: str) -> list[str] | None:
@@ -109,7 +142,7 @@ def read_model_file(name: str, file: str) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: {file} cannot be read: {error}") from error
 
 
@@ -144,6 +177,12 @@ def _hub_answers(name: str) -> bool:
 
 def check_bi_encoder(name: str, pooling: str | None) -> None:
     """Refuse, before any weights are loaded, what cannot be a bi-encoder."""
+    pooling_of(name, pooling)
+    load_tokenizer(name)
+
+
+def pooling_of(name: str, pooling: str | None) -> str:
+    """How a bi-encoder pools: as it says itself, or for a plain language model as `pooling` says."""
     kind = inspect_encoder(name)
     if kind == "cross":
         raise InputError(f"{name}: a cross-encoder, where a bi-encoder is needed")
@@ -151,14 +190,15 @@ def check_bi_encoder(name: str, pooling: str | None) -> None:
         raise InputError(
             f"{name}: a plain language model does not say how it pools; add --pooling cls or --pooling mean"
         )
-    if kind == "bi":
-        read_pooling(name)
+    return read_pooling(name) if kind == "bi" else pooling
 
 
 def check_encoders(names: list[str], pooling: str | None) -> None:
     """Refuse, before any weights are loaded, what cannot score pairs."""
     for name in names:
-        if inspect_encoder(name) != "cross":
+        if inspect_encoder(name) == "cross":
+            load_tokenizer(name)
+        else:
             check_bi_encoder(name, pooling)
 
 
@@ -172,12 +212,14 @@ def check_language_model(name: str) -> None:
     """Refuse, before any weights are loaded, what a cross-encoder or step 1 cannot start from."""
     if inspect_encoder(name) == "cross":
         raise InputError(f"{name}: already a cross-encoder, where a pretrained language model is needed")
+    load_tokenizer(name)
 
 
 def check_cross_encoder(name: str, flag: str) -> None:
     """Refuse, before any weights are loaded, what is not a cross-encoder. `flag`: what asks for one."""
     if inspect_encoder(name) != "cross":
         raise InputError(f"{flag}: {name} is not a cross-encoder")
+    load_tokenizer(name)
 
 
 def read_pooling(name: str) -> str:
@@ -188,13 +230,15 @@ def read_pooling(name: str) -> str:
             f"{name}: its modules are {', '.join(modules)}; only Transformer, Pooling and Normalize are supported"
         )
     config = read_model_file(name, "1_Pooling/config.json") or {}
+    if not isinstance(config, dict):
+        raise InputError(f"{name}: 1_Pooling/config.json is not an object")
     modes = {
         mode.removeprefix("pooling_mode_")
         for mode, on in config.items()
         if mode.startswith("pooling_mode_") and on is True
     }
     named = config.get("pooling_mode")
-    modes |= set([named] if isinstance(named, str) else named or [])
+    modes |= {str(mode) for mode in (named if isinstance(named, list) else [named] if named else [])}
     for pooling in POOLINGS:
         if modes in ({pooling}, {POOLINGS[pooling].removeprefix("pooling_mode_")}):
             return pooling
@@ -246,16 +290,14 @@ class BiEncoder(nn.Module):
             max_length: overrides what was saved.
             dropout: overrides the configuration's.
         """
-        kind = inspect_encoder(name)
-        check_bi_encoder(name, pooling)
-        backbone = AutoModel.from_pretrained(name, config=_config(name, dropout), dtype=torch.float32)
+        kind, pooling = inspect_encoder(name), pooling_of(name, pooling)
+        backbone = _load_backbone(AutoModel, name, _config(name, dropout))
         # Pooling reads the token vectors; a pooler that gets no gradient would stop data-parallel training.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
-        saved = read_model_file(name, "sentence_bert_config.json") if kind == "bi" else None
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        length = max_length or (saved or {}).get("max_seq_length") or tokenizer.model_max_length
-        return cls(backbone, tokenizer, read_pooling(name) if kind == "bi" else pooling, _fit(length, backbone))
+        tokenizer = load_tokenizer(name)
+        length = max_length or (_saved_length(name) if kind == "bi" else None) or tokenizer.model_max_length
+        return cls(backbone, tokenizer, pooling, _fit(length, backbone))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Token ids and mask [n, length] -> embeddings float32 [n, d], not normalised."""
@@ -308,10 +350,9 @@ class CrossEncoder(nn.Module):
         # As sentence-transformers 4 to 6 read it: scores are the sigmoid of the logit.
         config.sentence_transformers = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
         # A language model that was tuned for something else may bring a head of another size: it is not used.
-        backbone = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=inspect_encoder(name) != "cross"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        new_head = inspect_encoder(name) != "cross"
+        backbone = _load_backbone(AutoModelForSequenceClassification, name, config, new_head)
+        tokenizer = load_tokenizer(name)
         return cls(backbone, tokenizer, _fit(max_length or tokenizer.model_max_length, backbone))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
@@ -376,8 +417,64 @@ def add_drophead(encoder: BiEncoder, probability: float) -> None:
         layer.register_forward_pre_hook(drop)
 
 
+@contextmanager
+def _told_in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turn whatever the libraries raise for a broken model, a dozen types, into an `InputError`."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise InputError(f"{name}: its {what} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id; raises `InputError` where it is missing or broken."""
+    with _told_in_one_line(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _load_backbone(auto: Any, name: str, config: Any, new_head: bool = False) -> PreTrainedModel:
+    """Weights of a folder or Hub id, in float32; never pickled ones.
+
+    Args:
+        new_head: what lies on top of the encoder may be missing, or be of another size, and then it is random.
+    """
+    with _told_in_one_line(name, "model"):
+        backbone, report = auto.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=new_head,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    # What is missing is random. A new head is; so is a pooler, which a bi-encoder does not read and a language model
+    # may come without.
+    inside = f"{backbone.base_model_prefix}." if new_head else ""
+    may_lack_pooler = new_head or auto is AutoModel
+    absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    absent = sorted(key for key in absent if key.startswith(inside) and not (may_lack_pooler and "pooler" in key))
+    if absent:
+        raise InputError(f"{name}: its weights lack {absent[0]}, or have it in another size than config.json says")
+    _check_finite(name, backbone.named_parameters())
+    return backbone
+
+
+def _saved_length(name: str) -> int | None:
+    """Most tokens of a sentence, as a sentence-transformers model says; None where it does not."""
+    saved = read_model_file(name, "sentence_bert_config.json") or {}
+    length = saved.get("max_seq_length") if isinstance(saved, dict) else None
+    if not isinstance(saved, dict) or not (length is None or (type(length) is int and length >= 3)):
+        raise InputError(f"{name}: sentence_bert_config.json: max_seq_length must be a whole number from 3")
+    return length
+
+
 def _config(name: str, dropout: float | None) -> Any:
-    config = AutoConfig.from_pretrained(name)
+    with _told_in_one_line(name, "config.json"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if dropout is not None:
         for key in list(config.to_dict()):
             if "dropout" in key and isinstance(getattr(config, key), float | int):
