@@ -238,6 +238,7 @@ PARQUET_COLUMNS = {
     keep=st.sampled_from([1.0, 1.0, 0.5, 0.9]),
     gold=st.sampled_from([None, "score", "label", "sentences"]),
 )
+@example(kinds=("text", "long text", "large numbers"), name="score", keep=1.0, gold="score")
 def test_a_parquet_file_of_any_types_is_read_or_refused_by_name(place, kinds, name, keep, gold):
     path = place / "table.parquet"
     pq.write_table(pa.table([PARQUET_COLUMNS[kind] for kind in kinds], names=["sentence1", "sentence2", name]), path)

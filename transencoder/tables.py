@@ -263,13 +263,13 @@ def _as_numbers(column: pa.Array, name: str, source: str, rows_before: int) -> p
     try:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             column = pc.utf8_trim_whitespace(column)
-        return column.cast(pa.float64())
+        return column.cast(pa.float64(), safe=not pa.types.is_integer(column.type))  # large ones are rounded
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        for row, value in enumerate(column.to_pylist(), start=rows_before + 1):
+        for row, value in enumerate(column, start=rows_before + 1):
             try:
-                pa.scalar(value).cast(pa.float64())
+                value.cast(pa.float64())
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                raise InputError(f"{source}: row {row}: {name} {value!r} is not a number") from None
+                raise InputError(f"{source}: row {row}: {name} {value.as_py()!r} is not a number") from None
         raise InputError(f"{source}: {name} is of type {column.type}, not a number") from error
 
 
