@@ -37,7 +37,7 @@ def main() -> None:
     else:
         check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)
-    pairs = read_label_pairs(arguments)
+    pairs = read_label_pairs(arguments, dev)
     swap = swap_of(arguments.swap, order_matters(arguments))
     examples = training_rows(len(pairs), arguments) * (2 if swap else 1)
     count_pieces(examples, arguments, accelerator.num_processes)

@@ -32,7 +32,7 @@ def main() -> None:
 
     check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
     dev = load_dev(arguments)
-    pairs = read_label_pairs(arguments)
+    pairs = read_label_pairs(arguments, dev)
     examples = training_rows(len(pairs), arguments)
     count_pieces(examples, arguments, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")

@@ -15,7 +15,7 @@ import numpy as np
 from transencoder.arguments import parse_stage
 from transencoder.encoders import check_encoders, inspect_encoder
 from transencoder.errors import one_line_errors
-from transencoder.evaluation import encoder_groups, log_table, markdown_table, result_entries, result_rows
+from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
 from transencoder.files import claim, write_json, write_run, write_text
 from transencoder.paper import check_setting
 from transencoder.runtime import log, start, start_trackers
@@ -58,9 +58,10 @@ def main() -> None:
         accelerator.log({name: entry["value"]})
     if accelerator.is_main_process:
         write_json(output / "results.json", results)
-        write_text(output / "results.md", markdown_table(header, rows))
+        text = f"{markdown_table(header, rows)}\n{origin(results)}"
+        write_text(output / "results.md", text)
         write_run(arguments, STAGE, "complete", world_size=accelerator.num_processes)
-        print(markdown_table(header, rows))
+        print(text)
     accelerator.end_training()
 
 

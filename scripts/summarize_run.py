@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from transencoder.arguments import StageParser
 from transencoder.errors import one_line_errors
+from transencoder.evaluation import origin
 from transencoder.files import write_text
 from transencoder.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
 
@@ -34,7 +35,8 @@ def write_summary(run: Path, rounds: list[Round]) -> None:
     plot_progress(run / "progress.png", rounds)
     table, best = summary_table([rounds]), keep_best(run, rounds)
     lines = "\n".join(f"- {line}" for line in best)
-    write_text(run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n{lines}\n")
+    made = origin([entry for round_ in rounds for entry in round_.entries])
+    write_text(run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n{lines}\n\n{made}")
     print(table)
     print("\n".join(best))
     print(f"Written: {run}/results.md, {run}/progress.png, {run}/best/")
@@ -52,8 +54,9 @@ def main() -> None:
     if arguments.output:
         names = ", ".join(run.name for run in runs)
         text = (
-            f"# {arguments.output.absolute().parent.name}\n\nMean ± standard deviation of {names}.\n\n{table}{NOTES}"
+            f"# {arguments.output.absolute().parent.name}\n\nMean ± standard deviation of {names}.\n\n{table}{NOTES}\n"
         )
+        text += origin([entry for rounds in collected for round_ in rounds for entry in round_.entries])
         write_text(arguments.output, text)
         print(f"Written: {arguments.output}")
 

@@ -26,6 +26,7 @@ from transencoder.evaluation import (
     results_table,
     shown_value,
 )
+from transencoder.files import code_version
 from transencoder.summary import Round, best_round, collect_rounds, dev_of, keep_best, plot_progress, summary_table
 from transencoder.tasks import TASKS, Task, load_task
 
@@ -163,7 +164,8 @@ def test_result_entries_say_what_was_measured_on_what(tiny_bert, tmp_path):
     assert [e["value"] for e in collapsed] == [None, None]
     assert "NaN" not in json.dumps(collapsed)
     (auc,) = result_entries(names[:1], make_task(4, "label"), np.array([0.0, 1.0, 0.0, 1.0]))
-    assert auc == dict(encoders=names[:1], kind="bi", task="mine", split="test", n=4, metric="auc", value=100.0)
+    expected = dict(encoders=names[:1], kind="bi", task="mine", split="test", n=4, metric="auc", value=100.0)
+    assert auc == expected | {"code": code_version(), "data_sha256": make_task(4, "label").sha256}
 
 
 def test_the_results_table_shows_primary_metrics_and_their_mean():

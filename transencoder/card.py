@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 import transencoder
 from transencoder.encoders import Kind, read_pooling
-from transencoder.evaluation import PRIMARY, markdown_table, shown_value
+from transencoder.evaluation import PRIMARY, markdown_table, origin, shown_value
 from transencoder.files import RUN_FILE
 from transencoder.options import HubTarget
 from transencoder.paper import published
@@ -106,6 +106,7 @@ def render_card(facts: CardFacts, target: HubTarget) -> str:
         max_length=tokenizer["model_max_length"],
         results_table=results_table(facts),
         note=facts.note,
+        origin=origin(facts.results),
         method=METHODS[run["stage"]].format(loss=LOSSES[run["arguments"].get("loss")]),
         making=making(facts, run, labels),
         lineage=facts.lineage,
@@ -202,7 +203,11 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
         lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
     if labels.get("both_orders") and run["stage"] == "distill_cross2bi":
         lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
-    sources = ", ".join(f"`{_shown(name)}`" for name in sources_of(arguments, labels))
+    sums = (labels or arguments).get("inputs", {})
+    sources = ", ".join(
+        f"`{_shown(name)}`" + (f" (SHA-256 `{sum_}`)" if (sum_ := sums.get(name.rpartition("=")[2])) else "")
+        for name in sources_of(arguments, labels)
+    )
     seen = f"{labels['rows']:,} distinct pairs" if labels else f"{run['examples']:,} distinct sentences"
     lines.append(f"Data: {seen}, without labels, from {sources}")
     kept = f"Checkpoint: step {run['kept_step']} of {run['steps']}"

@@ -65,7 +65,7 @@ class Checkpoints:
 
     def load_newest(self) -> bool:
         """Load the newest checkpoint that is whole; whether there was one."""
-        choice = [self._newest() if self.accelerator.is_main_process else None]
+        choice = [self.newest() if self.accelerator.is_main_process else None]
         (path,) = broadcast_object_list(choice)
         if path is None:
             return False
@@ -78,6 +78,15 @@ class Checkpoints:
             log(f"going on from {path}{change}")
         return True
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole."""
+        for path in reversed(_numbered(self.folder)):
+            problem = _problem(path)
+            if not problem:
+                return path
+            log(f"warning: {path}: {problem}; trying the checkpoint before it")
+        return None
+
     def _save_unwrapped(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
         weights[:] = [self.accelerator.unwrap_model(model).state_dict() for model in models]
 
@@ -86,14 +95,6 @@ class Checkpoints:
 
     def _setting(self) -> dict[str, Any]:
         return dict(engine=engine_name(self.accelerator), world_size=self.accelerator.num_processes)
-
-    def _newest(self) -> Path | None:
-        for path in reversed(_numbered(self.folder)):
-            problem = _problem(path)
-            if not problem:
-                return path
-            log(f"warning: {path}: {problem}; trying the checkpoint before it")
-        return None
 
     def _rotate(self, best_step: int) -> None:
         """Remove all but the newest `keep` checkpoints, and the best models that none of those refers to."""

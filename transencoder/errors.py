@@ -16,17 +16,23 @@ class InputError(Exception):
     """Bad arguments or bad input: told to the user in one line, exit code 2, before any model is loaded."""
 
 
-def report_and_exit(message: str) -> None:
-    """Print one line on stderr (from the first process only) and exit with code 2."""
+class BrokenRun(Exception):
+    """A failure while working that is not the code's: told to the user in one line, exit code 1."""
+
+
+def report_and_exit(message: str, code: int = 2) -> None:
+    """Print one line on stderr (from the first process only) and exit."""
     if is_first_process():
         script = os.path.basename(sys.argv[0])
         line = f"{script}: error: {' '.join(message.split())}"
         print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Turn an `InputError` of a script's `main` into one line and exit code 2; other errors keep their traceback."""
+    """Turn an `InputError` of a script's `main` into one line and exit code 2, and a `BrokenRun` into one and code 1;
+    other errors keep their traceback.
+    """
 
     @functools.wraps(main)
     def wrapper() -> None:
@@ -34,6 +40,8 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except InputError as error:
             report_and_exit(str(error))
+        except BrokenRun as error:
+            report_and_exit(str(error), 1)
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise

@@ -12,8 +12,10 @@ from scipy import stats
 from torch import nn
 
 from transencoder.encoders import inspect_encoder
+from transencoder.files import code_version
 from transencoder.paper import published_values, row_of
 from transencoder.scoring import PreparedPairs, score_prepared
+from transencoder.soundness import check_scores
 from transencoder.tasks import Task, title
 
 FEATURES = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
@@ -99,6 +101,7 @@ class DevSet:
     def score(self, model: nn.Module) -> float | None:
         """Spearman or AUC x 100 of `model` as it is now; None if it gives every pair the same score."""
         scores = score_prepared(model, self.prepared, self.accelerator, self.batch_tokens, "Dev")
+        check_scores(f"{self.task.title}: the model", scores)
         return measure(self.task, scores)[self.metric]
 
 
@@ -126,6 +129,7 @@ def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[
     """What results.json says of one measurement: an entry for each metric."""
     kind = "+".join(dict.fromkeys(inspect_encoder(name) for name in encoders)).replace("plm", "bi")
     facts = dict(encoders=encoders, kind=kind, task=task.name, split=task.split, n=len(scores))
+    facts |= dict(data_sha256=task.sha256, code=code_version())
     return [dict(facts, metric=metric, value=value) for metric, value in measure(task, scores).items()]
 
 
@@ -180,6 +184,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column to the left, numbers to the right."""
     rule = [":---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows]) + "\n"
+
+
+def origin(results: list[dict[str, Any]]) -> str:
+    """A line of Markdown under a table: which code measured, on which data."""
+    codes = dict.fromkeys(entry["code"] for entry in results if "code" in entry)
+    sets = {title(entry["task"], entry["split"]): entry.get("data_sha256", "") for entry in results}
+    sums = ", ".join(f"{name} `{sum_[:12]}`" for name, sum_ in sets.items() if sum_)
+    return f"Measured by trans-encoder {', '.join(codes)}. SHA-256 of the sets: {sums}.\n" if codes else ""
 
 
 def log_table(accelerator: Accelerator, name: str, header: list[str], rows: list[list[str]]) -> None:

@@ -1,10 +1,12 @@
 """What a stage leaves on disk. A result appears under its name only when it is whole."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,6 +129,20 @@ def _checksum(path: Path) -> str | None:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
+@functools.cache
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit: "0.1.0+g1a2b3c4d5e6f", with ".dirty" for changed files."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return transencoder.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout that it does not trust
+        return transencoder.__version__
+    return f"{transencoder.__version__}+g{commit}"
+
+
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """In words, what sets two runs apart: "seed is 1 there and 2 here"."""
     files = [
@@ -181,7 +197,7 @@ def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
     """Record what makes the output folder. `status`: "running", or "complete", which is written last of all."""
     folder = Path(arguments.output_dir)
     facts |= {"hub_datasets": dict(COMMITS)} if COMMITS else {}
-    versions = {module.__name__: module.__version__ for module in (transencoder, torch, transformers)}
+    versions = {"transencoder": code_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from transencoder.paper import check_setting
 from transencoder.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.runtime import trackers
 from transencoder.selection import select_by, training_rows
-from transencoder.tasks import PLAIN_NAME, expand_groups, load_task, parse_spec, title
+from transencoder.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title
 from transencoder.training import count_pieces
 
 ENSEMBLE = "ensemble"  # what tables call the mean of the students
@@ -222,10 +222,20 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
         sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, columns))
-    for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]:
-        load_task(spec, plan.data_dir, columns)
+    tasks = [load_task(spec, plan.data_dir, columns) for spec in plan.tasks]
+    _check_apart(load_task(plan.dev, plan.data_dir, columns) if plan.dev else None, tasks, recipe_path)
     for student in plan.students:
         _check_options(student, plan, recipe_path, sentences, pairs)
+
+
+def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
+    """Refuse a dev set that is a test set under another name: checkpoints chosen on it cannot be measured on it."""
+    same = [task.title for task in tasks if dev is not None and task.sha256 == dev.sha256]
+    if same:
+        raise InputError(
+            f"--recipe {recipe_path}: the dev set {dev.title} and the task {same[0]} are the same labelled pairs; "
+            "choose checkpoints on others, or leave dev out"
+        )
 
 
 def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:

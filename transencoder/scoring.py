@@ -20,14 +20,16 @@ from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
 from transencoder.engines import autocast
 from transencoder.errors import InputError
-from transencoder.files import difference, identity, write_file
+from transencoder.files import code_version, difference, identity, write_file
 from transencoder.hub_tables import COMMITS
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.lexical import lexical_scores
 from transencoder.parts import Parts
 from transencoder.pools import is_ordered, read_pool
 from transencoder.runtime import progress_bar
+from transencoder.soundness import check_no_labels, check_scores
 from transencoder.tables import PAIRS, SENTENCES, read_pairs
+from transencoder.tasks import Task
 
 COSINE_ROWS = 65536  # pairs whose embeddings are gathered at a time
 FACTS = b"transencoder"  # key of the Parquet metadata that says where scores come from
@@ -213,6 +215,7 @@ def score_with(
                     label = f"encoder-{number}-{turn}"
                     done = each_part(encoder, prepared.tokens, accelerator, batch_tokens, title, parts, label)
                     scores = as_scores(encoder, prepared, torch.cat([torch.from_numpy(part) for part in done]))
+                check_scores(name, scores)
                 total += share / len(orders) * scores
     weight = teachers.lexical_weight
     if weight:
@@ -260,7 +263,7 @@ def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") ->
         raise InputError(f"--output {path}: exists and is not a Parquet file; add --overwrite") from error
     if found is None:
         raise InputError(f"--output {path}: exists and was not written by this tool; add --overwrite")
-    for name in ("world_size", "hub_datasets"):  # for the record
+    for name in ("world_size", "hub_datasets", "code"):  # for the record
         found.pop(name, None)
     changed = difference(found, json.loads(json.dumps(facts)))
     if changed:
@@ -268,11 +271,11 @@ def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") ->
     return True
 
 
-def read_label_pairs(arguments: LabelArguments) -> datasets.Dataset:
+def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> datasets.Dataset:
     """A student's training pairs, checked: with the column `score` from --scores, or without it from --pairs.
 
     Raises:
-        InputError: also for a score outside [-1, 1]: neither a cosine nor a probability.
+        InputError: also for a score outside [-1, 1], neither a cosine nor a probability, and for the labels of `dev`.
     """
     if not arguments.scores:
         check_encoders(arguments.teachers, None)
@@ -283,6 +286,7 @@ def read_label_pairs(arguments: LabelArguments) -> datasets.Dataset:
     if len(outside):
         row = outside[0]
         raise InputError(f"{arguments.scores}: row {row + 1}: score {scores[row]} is not in [-1, 1]")
+    check_no_labels(arguments.scores, pairs, dev)
     return pairs
 
 
@@ -326,7 +330,8 @@ def score_to_file(
     parts = Parts(path, facts, shard_rows, accelerator)
     (scores,) = score_with(teachers, [pairs], accelerator, batch_tokens, parts)
     if accelerator.is_main_process:
-        record = {"world_size": accelerator.num_processes, **({"hub_datasets": COMMITS} if COMMITS else {})}
+        record = {"world_size": accelerator.num_processes, "code": code_version()}
+        record |= {"hub_datasets": COMMITS} if COMMITS else {}
         write_scores(path, pairs, scores, {**facts, **record})
     parts.remove()
     accelerator.wait_for_everyone()

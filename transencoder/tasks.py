@@ -1,7 +1,10 @@
 """The evaluation tasks: where each one lies on the Hub, what its file is called locally, and how it is measured."""
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -133,6 +136,14 @@ class Task:
     def title(self) -> str:
         """As tables and plots show it."""
         return title(self.name, self.split)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the pairs and their gold values, whatever kind of file they came from."""
+        sha = hashlib.sha256()
+        for row in zip(*(self.pairs[name] for name in (*PAIRS, self.gold)), strict=True):
+            sha.update(json.dumps(row).encode())
+        return sha.hexdigest()
 
 
 def expand_groups(specs: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The training loop: one for all three stages. What differs between them is the data and the loss."""
 
+import itertools
 import math
 import shutil
 import sys
@@ -21,13 +22,14 @@ from transencoder.checkpoints import Checkpoints, check_resumable
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.engines import engine_name, precision, set_batch
-from transencoder.errors import InputError, is_first_process
+from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.runtime import log, progress_bar, start, start_trackers
 from transencoder.selection import select_by
+from transencoder.soundness import LossWatch, broken_weights
 from transencoder.tasks import Task
 
 LOG_STEPS = 10
@@ -187,6 +189,7 @@ class Trainer:
             encoder, optimizer, scheduler, make_loader(rows, self.sampler)
         )
         set_seed(arguments.seed, device_specific=True)  # each process its own dropout
+        self.watch = LossWatch(accelerator, LOG_STEPS)
         self.progress = Progress(loss_sum=torch.zeros((), device=accelerator.device))
         accelerator.register_for_checkpointing(self.progress)
 
@@ -229,6 +232,7 @@ class Trainer:
         accelerator, progress = self.accelerator, self.progress
         if len(pieces) > 1 and hasattr(self.loss_of, "look_ahead"):
             self.loss_of.look_ahead(self.model, pieces)
+        losses = []
         for piece in pieces:
             with accelerator.accumulate(self.model):
                 loss = self.loss_of(self.model, piece)
@@ -238,20 +242,18 @@ class Trainer:
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad()
-            progress.loss_sum += loss.detach()
-            progress.loss_count += 1
+            losses.append(loss.detach())
         progress.step += 1
+        progress.loss_sum += sum(losses)
+        progress.loss_count += len(losses)
+        self.watch.note(progress.step, sum(losses))
         self.bar.update()
         if progress.step % LOG_STEPS == 0:
             self.report(loss, norm)
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Progress bar and trackers, every `LOG_STEPS` steps; here too a broken run is stopped."""
-        step, value = self.progress.step, self.accelerator.reduce(loss.detach(), "mean").item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {step}; lower --learning_rate or use --mixed_precision no"
-            )
+        """Progress bar and trackers, every `LOG_STEPS` steps."""
+        step, (value,) = self.progress.step, self.checked(loss.detach())
         self.bar.set_postfix(loss=f"{value:.4f}")
         values = {
             "train/loss": value,
@@ -260,6 +262,38 @@ class Trainer:
             "train/examples_per_second": self.examples_per_second(),
         }
         self.accelerator.log(values, step=step)
+
+    def checked(self, *values: torch.Tensor) -> list[float]:
+        """The means of scalars over the processes, once the losses of the last steps are known to be finite.
+
+        Raises:
+            BrokenRun: one is not; the message names the step, its batch and the last checkpoint.
+        """
+        broken, means = self.watch.look(self.progress.step, *values)
+        if broken:
+            step, loss = broken
+            self.stop_broken(step, f"the loss is {loss}")
+        return means
+
+    def check_weights(self) -> None:
+        """Raise `BrokenRun` unless everything is finite: no model and no checkpoint is kept without this."""
+        (broken,) = self.checked(broken_weights(self.model))
+        if broken:
+            self.stop_broken(self.progress.step, "the weights are not finite after this step")
+
+    def stop_broken(self, step: int, what: str) -> None:
+        """Say in one line where a training broke down, and what is left of it."""
+        self.bar.close()
+        self.sampler.epoch, place = divmod(step - 1, self.sampler.batches)
+        batches = itertools.islice(self.sampler, place * self.pieces, (place + 1) * self.pieces)
+        examples = [row + 1 for piece in batches for row in piece]
+        shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
+        last = self.checkpoints.newest()
+        left = f"the last good checkpoint is {last}" if last else "no checkpoint had been written before"
+        raise BrokenRun(
+            f"step {step} of {self.total_steps}: {what}; its batch is the examples {shown} ({len(examples)} of "
+            f"{len(self.rows.lengths)}); {left}; lower --learning_rate or use --mixed_precision no, with --overwrite"
+        )
 
     def examples_per_second(self) -> float:
         """The mean since this process began to train; evaluation and checkpoints are not counted."""
@@ -274,7 +308,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Note the mean loss and the dev score; keep the model if it is the best so far."""
         progress = self.progress
-        mean = self.accelerator.reduce(progress.mean_loss(), "mean").item()
+        self.check_weights()
+        (mean,) = self.checked(progress.mean_loss())
         progress.loss_sum.zero_()
         progress.loss_count = 0
         entry = {"step": progress.step, "epoch": round(progress.step / self.sampler.batches, 3), "loss": mean}
@@ -306,6 +341,7 @@ class Trainer:
         asked = self.accelerator.num_processes == 1 or step % LOG_STEPS == 0
         stopping = asked and step < self.total_steps and stop.on_any_process(self.accelerator)
         if stopping or (every and step % every == 0 and step < self.total_steps):
+            self.check_weights()
             self.checkpoints.save(step, self.progress.best_step)
         if stopping:
             self.bar.close()
@@ -314,9 +350,7 @@ class Trainer:
     def finish(self) -> None:
         """Move the kept checkpoint to where it belongs."""
         if self.keep_best and not self.progress.best_step:
-            raise FloatingPointError(
-                f"the model gave every {self.select_by} pair the same score; lower --learning_rate"
-            )
+            raise BrokenRun(f"the model gave every {self.select_by} pair the same score; lower --learning_rate")
         if not self.keep_best:
             self.progress.best_step = self.total_steps
             self.keep()
