@@ -62,6 +62,7 @@ def main() -> None:
         write_text(output / "results.md", text)
         write_run(arguments, STAGE, "complete", world_size=accelerator.num_processes)
         print(text)
+        log(f"{output}: results.json, results.md")
     accelerator.end_training()
 
 

@@ -7,6 +7,7 @@ accelerate launch scripts/mine_pairs.py --encoders runs/bert/contrastive --sente
 A mix of your own: --mix lexical:1-10=1 nearest:1-3=2 nearest:4-20=1 random=0.5
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transencoder.errors import one_line_errors
 from transencoder.files import identity
 from transencoder.mining import Sides, mine_to_file, parse_mix, wanted_pairs
 from transencoder.pools import read_sentence_pool
-from transencoder.runtime import log, start
+from transencoder.runtime import log, log_next, start
 from transencoder.scoring import check_output, scores_are_there
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     log(f"{len(first)} sentences{'' if sides.single else f' and {len(second)}'}, {sum(wanted)} pairs wanted")
 
     mine_to_file(arguments, sides, accelerator, facts)
+    log_next(f"score_pairs.py --encoders DIR --pairs {shlex.quote(arguments.output)} --output FILE.parquet")
     accelerator.end_training()
 
 

@@ -144,7 +144,7 @@ stage() {
   redone=1  # what comes after was made from what is now made anew
   echo "[$done_count/$total] $title" >&2
   local started=$SECONDS
-  "${command[@]}" || {
+  TRANSENCODER_RUN=$run "${command[@]}" || {
     stop_if_asked
     [[ ! $student ]] || touch "$run/.failed-${NAMES[student]}"
     echo "run_transencoder.sh: '$title' failed (see above). The same command again goes on from here." >&2

@@ -4,6 +4,7 @@
 accelerate launch scripts/score_pairs.py --encoders runs/bert/contrastive --pairs pairs.tsv --output bi-scores.parquet
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transencoder.encoders import check_encoders
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
 from transencoder.pools import check_both_orders, is_ordered, read_pool
-from transencoder.runtime import log, start
+from transencoder.runtime import log, log_next, start
 from transencoder.scoring import Teachers, check_output, score_to_file, scores_are_there
 
 
@@ -44,6 +45,7 @@ def main() -> None:
     batch_tokens, shard_rows = arguments.eval_batch_tokens, arguments.shard_rows
     scores = score_to_file(teachers, pairs, output, accelerator, batch_tokens, shard_rows, facts)
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
+    log_next(f"distill_bi2cross.py, or distill_cross2bi.py, --scores {shlex.quote(arguments.output)}")
     accelerator.end_training()
 
 

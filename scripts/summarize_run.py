@@ -16,6 +16,7 @@ from transencoder.arguments import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import origin
 from transencoder.files import write_text
+from transencoder.runtime import log_next
 from transencoder.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
 
 NOTES = """
@@ -40,6 +41,7 @@ def write_summary(run: Path, rounds: list[Round]) -> None:
     print(table)
     print("\n".join(best))
     print(f"Written: {run}/results.md, {run}/progress.png, {run}/best/")
+    log_next("scripts/search.py and scripts/find_duplicates.py use them, scripts/push_to_hub.py publishes them")
 
 
 @one_line_errors

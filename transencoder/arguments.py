@@ -7,13 +7,14 @@ import dataclasses
 import math
 import re
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from argparse import Action, Namespace, RawDescriptionHelpFormatter, _HelpAction
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from transencoder.errors import InputError, report_and_exit
 from transencoder.options import HubArguments, ReportArguments, StageArguments, option
@@ -25,6 +26,8 @@ DEFAULT_MIX = ("lexical:1-10=1", "nearest:1-3=1", "nearest:4-20=1", "nearest:21-
 @dataclass
 class TrainingArguments(HubArguments, ReportArguments, StageArguments):
     """What the three training stages share."""
+
+    GROUP = "training (the defaults are the paper's, where it gives a value)"
 
     output_dir: str = option("Folder for the trained model.")
     learning_rate: float = option("Peak learning rate.")
@@ -64,20 +67,22 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
 class ContrastiveArguments(TrainingArguments):
     """Step 1. Defaults that differ between the two methods are filled in afterwards."""
 
+    GROUP = "contrastive learning"
+
     model_name_or_path: str = option("Pretrained language model: Hub id or folder.")
     sentences: list[str] = option("Unlabelled sentences: FILE(s), Hub dataset id(s), wiki1m, or a pool's (sts_sickr).")
     method: Literal["simcse", "mirror"] = option(
         "simcse: dropout twice. mirror: also random span masking on one side.", "simcse"
     )
-    num_sentences: int | None = option("Random subset of this size. simcse: all sentences; mirror: 10000.", None)
-    learning_rate: float | None = option("Peak learning rate. simcse: 3e-5; mirror: 2e-5.", None)
+    num_sentences: int | None = option("Random subset of this size. Default: all for simcse, 10000 for mirror.", None)
+    learning_rate: float | None = option("Peak learning rate. Default: 3e-5 for simcse, 2e-5 for mirror.", None)
     total_batch_size: int | None = option(
-        "Sentences in one step, all processes together. simcse: 64; mirror: 200.", None
+        "Sentences in one step, all processes together. Default: 64 for simcse, 200 for mirror.", None
     )
-    max_length: int | None = option("Most tokens of a sentence. simcse: 32; mirror: 50.", None)
-    temperature: float | None = option("Temperature of InfoNCE. simcse: 0.05; mirror: 0.04.", None)
+    max_length: int | None = option("Most tokens of a sentence. Default: 32 for simcse, 50 for mirror.", None)
+    temperature: float | None = option("Temperature of InfoNCE. Default: 0.05 for simcse, 0.04 for mirror.", None)
     mlp_head: bool | None = option(
-        "Dense + tanh on top in training, dropped afterwards. simcse: true; mirror: false.", None
+        "Dense + tanh on top in training, dropped afterwards. Default: true for simcse, false for mirror.", None
     )
     pooling: Literal["cls", "mean"] = option("How token vectors become a sentence vector.", "cls")
     mask_characters: int = option("mirror: length of the masked span, in characters of sentences with >= 30.", 5)
@@ -109,6 +114,8 @@ class ContrastiveArguments(TrainingArguments):
 class ShardArguments:
     """How often a long scoring is saved."""
 
+    GROUP = "scoring"
+
     shard_rows: int = option(
         "Inputs after which what is scored is kept on disk, to go on from after a crash or a signal.", 65536
     )
@@ -117,6 +124,8 @@ class ShardArguments:
 @dataclass
 class PoolArguments:
     """Which of the unlabelled pairs are taken."""
+
+    GROUP = "choice of pairs"
 
     num_training_pairs: int | None = option("Random sample of the pairs of this size. Default: all.", None)
     extra_pairs: list[str] | None = option("More pairs, beside that sample: pools or FILE(s), as --pairs.", None)
@@ -130,6 +139,8 @@ class PoolArguments:
 @dataclass
 class LabelArguments(ShardArguments, PoolArguments):
     """Where a student's pseudo-labels come from: a file of scores, or teachers that score the pairs first."""
+
+    GROUP = "labels: --scores, or --teachers and --pairs"
 
     scores: str | None = option("Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them.", None)
     teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
@@ -151,6 +162,8 @@ class LabelArguments(ShardArguments, PoolArguments):
 @dataclass
 class Bi2CrossArguments(LabelArguments, TrainingArguments):
     """Step 2."""
+
+    GROUP = "the cross-encoder"
 
     model_name_or_path: str = option("Pretrained language model that becomes the cross-encoder: Hub id or folder.")
     learning_rate: float = option("Peak learning rate.", 2e-5)
@@ -179,6 +192,8 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
 class Cross2BiArguments(LabelArguments, TrainingArguments):
     """Step 3."""
 
+    GROUP = "the bi-encoder"
+
     model_name_or_path: str = option("The step-1 bi-encoder, or any sentence-transformers folder or Hub id.")
     learning_rate: float = option("Peak learning rate.", 5e-5)
     total_batch_size: int = option("Pairs in one step, all processes together (large models: 64).", 128)
@@ -191,6 +206,8 @@ class Cross2BiArguments(LabelArguments, TrainingArguments):
 @dataclass
 class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
     """Labelling, and scoring a file."""
+
+    GROUP = "scoring"
 
     encoders: list[str] = option("Bi- and cross-encoders, whose scores are averaged: folders or Hub ids.")
     pairs: list[str] = option(
@@ -223,6 +240,8 @@ class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
 class MiningArguments(ShardArguments, StageArguments):
     """Candidate pairs from sentences."""
 
+    GROUP = "mining"
+
     sentences: list[str] = option("Sentences: FILE(s), Hub dataset id(s), wiki1m, or a pool's (sts_sickr).")
     sentences_b: list[str] | None = option(
         "A second side, such as answers: then a pair has a sentence of each side, the first side's first.", None
@@ -245,6 +264,8 @@ class MiningArguments(ShardArguments, StageArguments):
 @dataclass
 class EvaluationArguments(ReportArguments, StageArguments):
     """Tables."""
+
+    GROUP = "measuring"
 
     encoders: list[str] = option("Bi- and cross-encoders to evaluate: folders or Hub ids.")
     tasks: list[str] = option(
@@ -312,8 +333,35 @@ DRIVER = "run_transencoder"
 RECIPE_CHARACTERS = 256 << 10
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults behind every option, and the script's docstring with its lines as they are."""
+class HelpFormatter(RawDescriptionHelpFormatter):
+    """One name for each option, short words for its values, and its default; the script's docstring as it is."""
+
+    def __init__(self, prog: str, **layout: Any):
+        super().__init__(prog, **{"max_help_position": 34, **layout})
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        return {int: "N", float: "X", string_to_bool: "BOOL"}.get(action.type, action.dest.rpartition("_")[2].upper())
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        return " ".join([action.option_strings[0], self.values_of(action)]).strip()
+
+    def values_of(self, action: Action) -> str:
+        """What follows an option's name: "FILE ...", "{a,b}", nothing."""
+        if action.nargs == 0 or action.const is True:
+            return ""
+        shown = action.metavar or self._metavar_formatter(action, self._get_default_metavar_for_optional(action))(1)[0]
+        return f"{shown} ..." if action.nargs == "+" else shown
+
+    def _get_help_string(self, action: Action) -> str:
+        text = (action.help or "").replace("%", "%%")
+        if not action.option_strings or isinstance(action, _HelpAction):
+            return text
+        if action.required or "Default:" in text:
+            return text
+        shown = str(action.default).lower() if action.default in (None, True, False, []) else action.default
+        return f"{text} (default: {'none' if shown == '[]' else shown})"
 
 
 class StageParser(HfArgumentParser):
@@ -326,6 +374,30 @@ class StageParser(HfArgumentParser):
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
+
+    def format_help(self) -> str:
+        """Usage in a line, then the options in groups: what is required, the script's own, what it shares."""
+        formatter, groups = self._get_formatter(), self._groups()
+        needed = [action for action in groups["required"] if action.option_strings]
+        words = [f"{action.option_strings[0]} {formatter.values_of(action)}" for action in needed]
+        words += [action.dest for action in groups["required"] if not action.option_strings]
+        formatter.add_usage(" ".join(["%(prog)s", *words, "[options]"]), [], [])
+        formatter.add_text(self.description)
+        for title, actions in groups.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _groups(self) -> dict[str, list[Action]]:
+        """The options by the `GROUP` of the class that first has them, the most particular class first."""
+        classes = [cls for arguments in self.dataclass_types for cls in arguments.__mro__ if cls is not object]
+        groups: dict[str, list[Action]] = {title: [] for title in ("required", *(cls.GROUP for cls in classes))}
+        for action in self._actions:
+            owner = next((cls for cls in reversed(classes) if action.dest in vars(cls)["__annotations__"]), None)
+            title = "required" if action.required else owner.GROUP if owner else "options"
+            groups.setdefault(title, []).append(action)
+        return groups
 
     def error(self, message: str) -> None:
         """Say what is wrong; without argparse's usage lines."""

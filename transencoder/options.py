@@ -14,6 +14,8 @@ def option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
 class StageArguments:
     """What every stage takes."""
 
+    GROUP = "every stage"
+
     recipe: str | None = option("YAML file; its `common` section and the section named like the script apply.", None)
     overwrite: bool = option("Replace what an earlier run left at the output.", False)
     seed: int = option("Seed of weights, data order and dropout (paper: 2021).", 2021)
@@ -28,6 +30,8 @@ class StageArguments:
 class ReportArguments:
     """Where a stage that measures something reports it."""
 
+    GROUP = "measuring and reporting"
+
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = option("Experiment tracker.", "none")
     data_dir: str | None = option(
         "Folder with the evaluation tasks as NAME.jsonl(.gz); without it they come by Hub.", None
@@ -38,6 +42,8 @@ class ReportArguments:
 class HubTarget:
     """Where models go on the Hub, and what their cards say that no file tells."""
 
+    GROUP = "the Hub"
+
     hub_model_id: str | None = option("ORG/NAME of the repository.", None)
     hub_public: bool = option("Let everybody see the repository, which is private otherwise.", False)
     hub_license: str | None = option("Licence, by the Hub's name for it. Default: the base model's.", None)
@@ -47,5 +53,7 @@ class HubTarget:
 @dataclass
 class HubArguments(HubTarget):
     """Whether a training stage publishes its model."""
+
+    GROUP = HubTarget.GROUP
 
     push_to_hub: bool = option("Push the model to --hub_model_id when it is done.", False)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from transencoder.heartbeat import watch_machines
 from transencoder.options import StageArguments
 
 PROJECT = "trans-encoder"
+DRIVER_VARIABLE = "TRANSENCODER_RUN"  # run_transencoder.sh sets it for its stages
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -57,6 +59,12 @@ def log(message: str) -> None:
     """Write a line on stderr, from the first process only."""
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
+
+
+def log_next(command: str) -> None:
+    """What one does next with what was written: for somebody at a terminal, not in a log and not under the driver."""
+    if sys.stderr.isatty() and DRIVER_VARIABLE not in os.environ:
+        log(f"next: {command}")
 
 
 def quiet_libraries() -> None:

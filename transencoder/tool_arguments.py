@@ -12,6 +12,8 @@ from transencoder.options import option
 class ToolArguments:
     """What search.py and find_duplicates.py share."""
 
+    GROUP = "sentences and encoders"
+
     bi_encoder: str = option("Bi-encoder that finds candidates: a folder or Hub id.")
     sentences: list[str] | None = option("Sentences, one a line, or FILE(s) or Hub dataset ids with a column.", None)
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence=question.", None)
@@ -29,6 +31,8 @@ class ToolArguments:
 @dataclass
 class SearchArguments(ToolArguments):
     """Retrieve, then re-rank."""
+
+    GROUP = "search"
 
     index: str = option("Folder of the index. With --sentences it is made, or gets those that are not in it yet.")
     cross_encoder: str | None = option(
@@ -51,6 +55,8 @@ class SearchArguments(ToolArguments):
 @dataclass
 class DuplicatesArguments(ToolArguments):
     """Clusters of paraphrases."""
+
+    GROUP = "duplicates"
 
     cross_encoder: str = option("Cross-encoder that confirms: a folder or Hub id.")
     output: str = option("CSV file to write: cluster, size, score, sentence.")

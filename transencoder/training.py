@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -27,12 +28,18 @@ from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
-from transencoder.runtime import log, progress_bar, start, start_trackers
+from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by
 from transencoder.soundness import LossWatch, broken_weights
 from transencoder.tasks import Task
 
 LOG_STEPS = 10
+# What is done with a stage's model.
+NEXT = {
+    "train_contrastive": "score_pairs.py --encoders {} --pairs FILE --output bi-scores.parquet",
+    "distill_bi2cross": "score_pairs.py --encoders {} --pairs FILE --output cross-scores.parquet",
+    "distill_cross2bi": "evaluate_encoders.py --encoders {} --tasks NAME=FILE --output_dir DIR, or search.py",
+}
 Batch = dict[str, Any]
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -126,6 +133,7 @@ def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, f
     by = next((name for name in ("dev", "agreement") if name in facts), None)
     score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
     log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
+    log_next(NEXT[stage].format(shlex.quote(arguments.output_dir)))
     if accelerator.is_main_process:
         push_stage(arguments)
 
