@@ -491,6 +491,15 @@ def test_aliases_that_repeat_a_little_are_taken(place):
     assert read_recipe(str(path))["score_pairs"] == {"seed": 7, "shard_rows": 10}
 
 
+@pytest.mark.parametrize("seed", ["-5", str(2**32), "x", "1.5", ""])
+def test_the_drivers_seed_is_checked(place, run_script, seed):
+    (place / "seed.yaml").write_text("common: {seed: 1}\n", encoding="utf-8")
+    CASES.add(repr(("driver's seed", seed)))
+    result = run_script("plan_run.py", "--recipe", place / "seed.yaml", "--output_dir", place / "run", "--seed", seed)
+    assert result.returncode == 2
+    assert "--seed" in result.stderr and result.stderr.count("\n") == 1
+
+
 NAMES = [
     "../x",
     "a/b",

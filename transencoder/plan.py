@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transencoder.arguments import (
     STAGES,
     ScoringArguments,
     as_options,
+    check_numbers,
     check_options,
     parse_stage,
     read_recipe,
@@ -311,6 +313,7 @@ def resolve_recipe(
     """
     recipe = read_recipe(path)
     if seed is not None:
+        check_numbers(Namespace(seed=seed))
         recipe["common"] = {**recipe.get("common", {}), "seed": seed}
     if data_dir is not None:
         recipe[DRIVER] = {**recipe.get(DRIVER, {}), "data_dir": data_dir}
