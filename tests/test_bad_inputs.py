@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -723,6 +724,18 @@ def test_pickled_weights_are_never_read_and_the_advice_converts_them(bi_encoder,
         assert use_model(model) == kind
         after = load_file(model / "model.safetensors")
         assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def test_pickled_weights_in_the_hubs_cache_are_not_read_either(bi_encoder, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--old" / "snapshots" / ("a" * 40)
+    shutil.copytree(bi_encoder, snapshot)
+    torch.save(load_file(snapshot / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    (tmp_path / "models--org--old" / "refs").mkdir()
+    (tmp_path / "models--org--old" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    result = outcome(lambda: load_encoder("org/old"), "pickled weights in the cache")
+    assert "org/old: its weights are pickled" in result and result.endswith("and pass DIR")
 
 
 def test_weights_in_a_pipe_are_refused(bi_encoder):

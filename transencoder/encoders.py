@@ -86,12 +86,8 @@ def _check_folder(folder: Path, classifier: bool) -> None:
         raise InputError(f"{folder}: its training is not finished; run the same command again")
     weights = list(folder.glob("model*.safetensors"))
     if not weights and list(folder.glob("pytorch_model*.bin")):
-        auto = "AutoModelForSequenceClassification" if classifier else "AutoModel"
-        raise InputError(
-            f"{folder}: its weights are pickled (pytorch_model.bin), which can run code when they are read; if you "
-            f'trust them, convert them: python -c "from transformers import {auto} as A; '
-            f"A.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
+        auto = AutoModelForSequenceClassification if classifier else AutoModel
+        raise InputError(_pickled(str(folder), auto, str(folder)))
     if not weights:
         raise InputError(f"{folder}: no weights (model.safetensors)")
     for path in weights:
@@ -100,6 +96,15 @@ def _check_folder(folder: Path, classifier: bool) -> None:
         _check_weights(path, path.stat().st_mtime_ns)
     if not any(path for pattern in ("tokenizer*", "vocab*", "*.model") for path in folder.glob(pattern)):
         raise InputError(f"{folder}: no tokenizer")
+
+
+def _pickled(name: str, auto: Any, folder: str) -> str:
+    """What is said of a model without safetensors: why it is not read, and how it is converted into `folder`."""
+    return (
+        f"{name}: its weights are pickled (pytorch_model.bin), which can run code when they are read; if you trust "
+        f'them, convert them: python -c "from transformers import {auto.__name__} as A, AutoTokenizer as T; '
+        f"[X.from_pretrained('{name}').save_pretrained('{folder}') for X in (A, T)]\""
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -442,15 +447,20 @@ def _load_backbone(auto: Any, name: str, config: Any, new_head: bool = False) ->
         new_head: what lies on top of the encoder may be missing, or be of another size, and then it is random.
     """
     with _told_in_one_line(name, "model"):
-        backbone, report = auto.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=new_head,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        try:
+            backbone, report = auto.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=new_head,
+                use_safetensors=True,  # of a public model on the Hub it finds the conversion that the Hub's robot made
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            if "use_safetensors" not in str(error):
+                raise
+            raise InputError(_pickled(name, auto, "DIR") + ", and pass DIR") from error
     # What is missing is random. A new head is; so is a pooler, which a bi-encoder does not read and a language model
     # may come without.
     inside = f"{backbone.base_model_prefix}." if new_head else ""
