@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, make_tokenizer
+from conftest import ROOT, make_tokenizer, random_pairs, write_jsonl
 
 DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 
@@ -42,6 +42,8 @@ def second_bert(tiny_bert, tmp_path_factory):
 def recipe(tiny_bert, second_bert, tiny_roberta, corpus, tmp_path_factory):
     """Mutual distillation of a BERT and a RoBERTa, whose cross-encoder is a DistilBERT."""
     stage = dict(total_batch_size=16, learning_rate=1e-3, num_epochs=1, eval_steps=100)
+    folder = tmp_path_factory.mktemp("recipes")
+    other = write_jsonl(folder / "other.jsonl", random_pairs(40, seed=3))
     content = {
         "common": {"mixed_precision": "no"},
         "run_transencoder": {
@@ -52,7 +54,7 @@ def recipe(tiny_bert, second_bert, tiny_roberta, corpus, tmp_path_factory):
             "sentences": str(corpus / "sentences.txt"),
             "pairs": str(corpus / "pairs.jsonl"),
             "dev": f"mine.dev={corpus / 'dev.jsonl'}",
-            "tasks": [f"mine={corpus / 'test.jsonl'}", f"other={corpus / 'dev.jsonl'}"],
+            "tasks": [f"mine={corpus / 'test.jsonl'}", f"other={other}"],
             "paper": {"one": "simcse-bert-base/mutual", "ensemble": "simcse-base/mutual"},
             "cycles": 2,
             "stop_at": 0.01,  # so that the second cycle makes its labels and goes no further
@@ -62,7 +64,7 @@ def recipe(tiny_bert, second_bert, tiny_roberta, corpus, tmp_path_factory):
         "distill_bi2cross": stage,
         "distill_cross2bi": stage,
     }
-    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 

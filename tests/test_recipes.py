@@ -24,8 +24,8 @@ def data_dir(tmp_path_factory) -> Path:
     """Every task and pool as local files: enough rows for the recipes' batches."""
     folder = tmp_path_factory.mktemp("data")
     for place, (name, source) in enumerate(TASKS.items()):
-        for split, _ in source.splits:
-            rows = random_pairs(24, seed=place)
+        for part, (split, _) in enumerate(source.splits):
+            rows = random_pairs(24, seed=200 + 10 * place + part)
             if source.gold == "label":
                 rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in rows]
             write_jsonl(folder / f"{name}.{split}.jsonl", rows)
