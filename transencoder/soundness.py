@@ -17,8 +17,8 @@ from transencoder.runtime import log
 from transencoder.tables import PAIRS
 from transencoder.tasks import Task
 
-# Standard deviation of scores below which they are one and the same. Cosines of embeddings that are alike but for the
-# rounding of bfloat16 have one of 1e-6; what has learned anything, one of a few hundredths and more.
+# Standard deviation of scores below which they are nearly the same. Cosines of embeddings that are alike but for the
+# rounding of bfloat16 have one of 1e-6; those of a trained encoder, of a few hundredths and more.
 ALIKE = 1e-4
 # Pairs that a file of scores shares with a labelled set, and correlation on them, from which it holds its labels.
 SHARED_PAIRS, SAME_SCORES = 10, 0.999
@@ -86,7 +86,7 @@ def check_scores(name: str, scores: np.ndarray) -> None:
     if len(scores) > 1 and scores.std() < ALIKE:
         log(
             f"warning: {name} gives all of {len(scores)} pairs nearly the same score ({scores.mean():.4f}, standard "
-            f"deviation {scores.std():.1g}): it may have collapsed, and such scores rank nothing"
+            f"deviation {scores.std():.1g}): it may have collapsed; rounding can reorder them, and they teach little"
         )
 
 
