@@ -32,7 +32,12 @@ from transencoder.arguments import DRIVER, STAGES, as_options, parse_stage, read
 from transencoder.encoders import check_encoders, check_language_model, load_encoder
 from transencoder.errors import one_line_errors
 from transencoder.files import claim
+from transencoder.hub import recall, stage_repository
+from transencoder.index import check_index
+from transencoder.options import HubTarget
 from transencoder.plan import load_plan, to_shell
+from transencoder.scoring import read_facts
+from transencoder.summary import read_results
 from transencoder.tables import read_pairs, read_sentences
 from transencoder.tasks import load_task
 from transencoder.tool_arguments import DuplicatesArguments, SearchArguments, parse_tool
@@ -594,6 +599,37 @@ def test_an_output_folder_with_any_record_is_refused(place, record):
     arguments = parse_stage("train_contrastive", argv=as_options(REQUIRED["train_contrastive"]))
     arguments.output_dir = str(folder)
     assert is_refused(outcome(lambda: claim(arguments, "train_contrastive"), ("record", record)))
+
+
+TAKES_A_RECORD = {
+    "index.json": lambda folder: check_index(folder, "x", None),
+    "hub.json": recall,
+    "run.json": lambda folder: stage_repository(folder, HubTarget(hub_model_id="org/name")),
+    "results.json": lambda folder: read_results(folder / "results.json"),
+}
+
+
+@cases(80)
+@given(record=RECORD, name=st.sampled_from(sorted(TAKES_A_RECORD)))
+@example(record=b"[]", name="index.json")
+@example(record=b"{}", name="hub.json")
+@example(record=b'{"stage": "score_pairs", "arguments": {}}', name="run.json")
+@example(record=b"[{}]", name="results.json")
+def test_any_record_in_the_place_of_ours_is_read_or_refused_by_name(place, record, name):
+    folder = place / "records"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / name).write_bytes(record)
+    result = outcome(lambda: TAKES_A_RECORD[name](folder), ("record", name, record))
+    assert not is_refused(result) or str(folder) in result
+
+
+@cases(30)
+@given(record=RECORD)
+def test_any_metadata_of_a_parquet_file_is_read_or_passed_over(place, record):
+    path = place / "facts.parquet"
+    pq.write_table(pa.table({"score": [0.5]}).replace_schema_metadata({"transencoder": record}), path)
+    assert isinstance(outcome(lambda: read_facts(path), ("facts", record)), dict | None)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

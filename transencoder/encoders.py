@@ -6,7 +6,6 @@ A folder says itself what it holds: `modules.json` makes it a bi-encoder, a sequ
 
 import functools
 import inspect
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 from transencoder.errors import InputError
-from transencoder.files import RUN_FILE, write_json
+from transencoder.files import RUN_FILE, read_json, write_json
 
 Kind = Literal["bi", "cross", "plm"]
 POOLINGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
@@ -146,8 +145,8 @@ def read_model_file(name: str, file: str) -> Any:
     if path is None or not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{name}: {file} cannot be read: {error}") from error
 
 

@@ -63,6 +63,16 @@ def sha256(*files: Path) -> str:
     return sha.hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises OSError or ValueError, the latter for a pipe or for endless nesting, too."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` to `path` by way of a temporary name."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -176,14 +186,12 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     if result and not (folder / result).exists() and not (folder / RUN_FILE).exists():
         return False
     advice = "choose another --output_dir or add --overwrite"
-    if (folder / RUN_FILE).exists() and not (folder / RUN_FILE).is_file():
-        raise InputError(f"{where}: {RUN_FILE} is not a file; {advice}")
     try:
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        run = read_json(folder / RUN_FILE)
         found_stage, found, status = run["stage"], dict(run["arguments"]), run["status"]
     except FileNotFoundError:
         raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}: {RUN_FILE} cannot be read; {advice}") from error
     if found_stage != stage:
         raise InputError(f"{where}: holds the result of {found_stage}; {advice}")

@@ -19,7 +19,7 @@ from transencoder.arguments import STAGES, as_options
 from transencoder.card import PIPELINES, TAG, CardFacts, render_card
 from transencoder.encoders import Kind, inspect_encoder
 from transencoder.errors import InputError
-from transencoder.files import MODEL_FILES, RUN_FILE, sha256, write_json
+from transencoder.files import MODEL_FILES, RUN_FILE, read_json, sha256, write_json
 from transencoder.options import HubArguments, HubTarget
 from transencoder.runtime import log
 
@@ -111,7 +111,7 @@ def recall(folder: Path) -> HubTarget | None:
     if not path.is_file():
         return None
     try:
-        return HubTarget(**json.loads(path.read_text(encoding="utf-8")))
+        return HubTarget(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -217,8 +217,18 @@ def push_stage(arguments: HubArguments) -> None:
 
 
 def stage_repository(folder: Path, target: HubTarget) -> Repository:
-    """The repository of a single stage's model."""
-    run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    """The repository of a single stage's model.
+
+    Raises:
+        InputError: the folder's run.json is not that of a training stage.
+    """
+    try:
+        run = read_json(folder / RUN_FILE)
+        known = {"model_name_or_path", "seed"} <= run["arguments"].keys() and run["stage"] in STAGES
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        known = False
+    if not known:
+        raise InputError(f"{folder}: its {RUN_FILE} is not that of a training stage")
     defaults = {f.name: f.default for f in dataclasses.fields(STAGES[run["stage"]])}
     given = {name: value for name, value in run["arguments"].items() if value != defaults.get(name)}
     given.pop("inputs", None)

@@ -5,7 +5,6 @@ INDEX/sentences.arrow    the sentences, in the same order
 INDEX/index.json         which model made it
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transencoder import neighbours
 from transencoder.embeddings import embed, run_on_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
-from transencoder.files import model_identity, write_folder, write_json
+from transencoder.files import model_identity, read_json, write_folder, write_json
 from transencoder.neighbours import empty_clusters
 from transencoder.parts import Parts
 from transencoder.tables import without_repeats
@@ -74,7 +73,7 @@ def check_index(folder: Path, bi_encoder: str, pooling: str | None) -> dict[str,
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS_FILE)
         made_by, size = facts["model"], facts["sentences"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--index {folder}: not an index that search.py made; choose another folder") from error

@@ -234,7 +234,12 @@ def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts:
 
 def read_facts(path: Path) -> dict[str, Any] | None:
     """What `write_scores` was told about the scores; None for another tool's file."""
-    return json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"null"))
+    metadata = pq.read_schema(path).metadata or {}
+    try:
+        facts = json.loads(metadata.get(FACTS, b"null"))
+    except (ValueError, RecursionError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def check_output(path: Path) -> None:

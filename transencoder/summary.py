@@ -1,6 +1,5 @@
 """What a finished run amounts to: the table, the plot, and which of its models are the best."""
 
-import json
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 from transencoder.arguments import read_recipe
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
-from transencoder.files import write_folder
+from transencoder.files import read_json, write_folder
 from transencoder.paper import row_of
 from transencoder.plan import ENSEMBLE, Student, load_plan
 from transencoder.selection import stopped_before
@@ -66,7 +65,7 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
             if so_far:
                 break
             raise InputError(f"{folder}: no results.json; run_transencoder.sh has not finished there")
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_results(folder / "results.json")
         for kind in ("cross", "bi") if cycle and plan.alternate else ("bi",):
             for student in plan.students:
                 rounds.append(_round(run, cycle, kind, student, results))
@@ -75,6 +74,19 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
         setting = plan.paper.get(round_.student)
         round_.paper = row_of(setting, round_.kind, at_start=not round_.cycle) if setting else None
     return rounds
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """What evaluate_encoders.py wrote; raises `InputError` for anything else."""
+    try:
+        results = read_json(path)
+        if all({"encoders", "kind", "task", "split", "metric", "value"} <= entry.keys() for entry in results):
+            return results
+        raise ValueError("an entry lacks a key")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not what evaluate_encoders.py writes ({error}); delete it and measure again"
+        ) from error
 
 
 def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
