@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from conftest import launch_command, random_pairs, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -783,9 +785,52 @@ def test_weights_in_a_pipe_are_refused(bi_encoder):
 # --- the whole of it -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_the_command_line_refuses_in_one_line_and_leaves_nothing(tmp_path, corpus, bi_encoder):
+    """What was tried in this process, in processes of its own, side by side."""
+    out, pipe, bomb, folder = (tmp_path / name for name in ("out", "pipe.tsv", "bomb.yaml", "pickled"))
+    os.mkfifo(pipe)
+    bomb.write_text(BOMBS["lists"], encoding="utf-8")
+    shutil.copytree(bi_encoder, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    gold = write_jsonl(
+        tmp_path / "gold.jsonl", [row | {"score": row["score"] / 5} for row in random_pairs(40, seed=1)]
+    )
+    dev = ["--dev", corpus / "dev.jsonl"]
+    commands = {
+        "not a file": ["score_pairs.py", "--encoders", bi_encoder, "--pairs", pipe, "--output", out / "a.parquet"],
+        "stand for too much text": ["plan_run.py", "--recipe", bomb, "--output_dir", out],
+        "are pickled": ["evaluate_encoders.py", "--encoders", folder, "--tasks", "stsb", "--output_dir", out],
+        "its scores are the scores themselves": [
+            *("distill_cross2bi.py", "--model_name_or_path", bi_encoder, "--scores", gold, *dev, "--output_dir", out),
+        ],
+        "unknown arguments: --topk 3": [
+            "search.py",
+            "--index",
+            out,
+            "--bi_encoder",
+            bi_encoder,
+            "--query",
+            "a",
+            "--topk",
+            "3",
+        ],
+    }
+    runs = {
+        expected: subprocess.Popen(**launch_command(*words, direct=True), stderr=subprocess.PIPE, text=True)
+        for expected, words in commands.items()
+    }
+    for expected, run in runs.items():
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 2, errors
+        assert expected in errors.splitlines()[-1] and "Traceback" not in errors
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
 def test_there_were_enough_cases(request, capsys):
     ran = {item.originalname for item in request.session.items if item.path == request.path}
-    if ran < {name for name in globals() if name.startswith("test_")}:
+    slow = {test_the_command_line_refuses_in_one_line_and_leaves_nothing.__name__}
+    if ran | slow < {name for name in globals() if name.startswith("test_")}:
         pytest.skip("only some of the tests were chosen")
     with capsys.disabled():
         print(f" {len(CASES)} distinct cases", end=" ")

@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import random_pairs, write_jsonl
+from conftest import launch, random_pairs, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import transencoder
@@ -25,6 +25,7 @@ from transencoder.errors import BrokenRun, InputError, one_line_errors
 from transencoder.evaluation import origin, result_entries
 from transencoder.files import code_version
 from transencoder.plan import check_inputs, load_plan
+from transencoder.pools import read_pool
 from transencoder.scoring import Teachers, read_label_pairs, score_with
 from transencoder.soundness import LossWatch, broken_weights, check_no_labels, check_scores
 from transencoder.tables import read_sentences
@@ -244,6 +245,45 @@ def test_an_encoders_scores_of_the_dev_pairs_are_training_scores(tmp_path):
     assert len(read_label_pairs(label_arguments(scores_file(tmp_path / "b.jsonl", few)), dev)) == 9
     alike = datasets.Dataset.from_list([row | {"score": 0.5} for row in pairs])
     check_no_labels("c", alike, dev)
+
+
+def test_the_labels_of_a_pool_are_never_read(tmp_path, corpus):
+    """Of a file of labelled pairs the pairs are taken; labels that could not even be read do no harm."""
+    rows = [json.loads(line) | {"label": "not a label"} for line in (corpus / "dev.jsonl").read_text().splitlines()]
+    path = write_jsonl(tmp_path / "pool.jsonl", rows)
+    words = ["--encoders", "x", "--output", "x", "--pairs", str(path)]
+    assert read_pool(parse_stage("score_pairs", argv=words), drop_duplicates=True).column_names == [
+        "sentence1",
+        "sentence2",
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_where_the_training_breaks_down(tmp_path, tiny_bert, corpus):
+    words = [
+        "--model_name_or_path",
+        tiny_bert,
+        "--sentences",
+        corpus / "sentences.txt",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    words += [
+        "--learning_rate",
+        "1e30",
+        "--total_batch_size",
+        8,
+        "--checkpointing_steps",
+        1,
+        "--mixed_precision",
+        "no",
+    ]
+    result = launch("train_contrastive.py", *words, processes=2)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if "train_contrastive.py: error: " in line]
+    assert "step 2 of 12: the loss is nan; its batch is the examples " in line
+    assert f"the last good checkpoint is {tmp_path / 'out' / 'checkpoints' / 'step-000001'}; lower" in line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "run.json"]
 
 
 # --- where numbers come from -----------------------------------------------------------------------------------------
