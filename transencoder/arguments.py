@@ -4,10 +4,11 @@ Command line > recipe > default; an unknown key is an error.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 import sys
-from argparse import Action, Namespace, RawDescriptionHelpFormatter, _HelpAction
+from argparse import Action, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -356,7 +357,7 @@ class HelpFormatter(RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: Action) -> str:
         text = (action.help or "").replace("%", "%%")
-        if not action.option_strings or isinstance(action, _HelpAction):
+        if not action.option_strings or action.dest == "help":
             return text
         if action.required or "Default:" in text:
             return text
@@ -394,7 +395,7 @@ class StageParser(HfArgumentParser):
         classes = [cls for arguments in self.dataclass_types for cls in arguments.__mro__ if cls is not object]
         groups: dict[str, list[Action]] = {title: [] for title in ("required", *(cls.GROUP for cls in classes))}
         for action in self._actions:
-            owner = next((cls for cls in reversed(classes) if action.dest in vars(cls)["__annotations__"]), None)
+            owner = next((cls for cls in reversed(classes) if action.dest in inspect.get_annotations(cls)), None)
             title = "required" if action.required else owner.GROUP if owner else "options"
             groups.setdefault(title, []).append(action)
         return groups
