@@ -36,7 +36,7 @@ from transencoder.training import train
 @pytest.fixture
 def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
+    return Accelerator(cpu=True, mixed_precision="no")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
