@@ -28,6 +28,7 @@ from transformers import (
 
 from transencoder.errors import InputError
 from transencoder.files import RUN_FILE, read_json, write_json
+from transencoder.shortcuts import read_first_token_only
 
 Kind = Literal["bi", "cross", "plm"]
 POOLINGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
@@ -281,6 +282,8 @@ class BiEncoder(nn.Module):
             head,
         )
         self._no_split_modules = _layer_classes(backbone)
+        if pooling == "cls":
+            read_first_token_only(backbone)
 
     @classmethod
     def from_pretrained(
@@ -336,6 +339,7 @@ class CrossEncoder(nn.Module):
         super().__init__()
         self.backbone, self.tokenizer, self.max_length = backbone, tokenizer, max_length
         self._no_split_modules = _layer_classes(backbone)
+        read_first_token_only(backbone)
         for layer in backbone.modules():
             if isinstance(layer, nn.Linear) and layer.out_features == 1:
                 _compute_in_float32(layer)

@@ -30,6 +30,7 @@ from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by
+from transencoder.shortcuts import keep_freed_memory, use_processor_dropout
 from transencoder.soundness import LossWatch, broken_weights
 from transencoder.tasks import Task
 
@@ -190,6 +191,9 @@ class Trainer:
         self.total_steps = arguments.num_epochs * self.sampler.batches
         if arguments.max_steps:
             self.total_steps = min(self.total_steps, arguments.max_steps)
+        if accelerator.device.type == "cpu":
+            use_processor_dropout(encoder)
+            keep_freed_memory()
         optimizer = make_optimizer(encoder, arguments)
         warmup = round(arguments.warmup_ratio * self.total_steps)
         scheduler = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=self.total_steps)
