@@ -23,7 +23,7 @@ def embed(
     sentences: datasets.Dataset,
     path: Path,
     accelerator: Accelerator,
-    batch_tokens: int,
+    batch_tokens: int | None,
     parts: Parts,
     pooling: str | None = None,
 ) -> np.ndarray:

@@ -93,7 +93,7 @@ def shown_value(value: float | None) -> str:
 class DevSet:
     """The dev pairs, tokenised once for the encoder that is being trained."""
 
-    def __init__(self, task: Task, encoder: Any, accelerator: Accelerator, batch_tokens: int):
+    def __init__(self, task: Task, encoder: Any, accelerator: Accelerator, batch_tokens: int | None):
         self.task, self.accelerator, self.batch_tokens = task, accelerator, batch_tokens
         self.metric = primary_metric(task)
         self.prepared = PreparedPairs(encoder, task.pairs)

@@ -23,7 +23,10 @@ class StageArguments:
         "Autocast type. auto: what the launcher says, else bf16 where the hardware computes in it, else fp32.", "auto"
     )
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
-    eval_batch_tokens: int = option("Tokens (padding included) in one forward pass when scoring, per process.", 16384)
+    eval_batch_tokens: int | None = option(
+        "Tokens (padding included) in one forward pass when scoring, per process. Default: 16384 on a GPU, else 2048.",
+        None,
+    )
 
 
 @dataclass

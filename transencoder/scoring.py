@@ -31,6 +31,9 @@ from transencoder.soundness import check_no_labels, check_scores
 from transencoder.tables import PAIRS, SENTENCES, read_pairs
 from transencoder.tasks import Task
 
+# Tokens in a forward pass, unless somebody says another number: a processor is fastest where a layer's states stay in
+# its cache, a GPU where there is enough to do.
+BATCH_TOKENS, PROCESSOR_BATCH_TOKENS = 16384, 2048
 COSINE_ROWS = 65536  # pairs whose embeddings are gathered at a time
 FACTS = b"transencoder"  # key of the Parquet metadata that says where scores come from
 
@@ -68,7 +71,7 @@ def run_sharded(
     tokens: TokenRows,
     rows: np.ndarray,
     accelerator: Accelerator,
-    batch_tokens: int,
+    batch_tokens: int | None,
     title: str,
 ) -> torch.Tensor:
     """The model's output for `rows`, on every process: float32 [rows] or [rows, d].
@@ -76,6 +79,8 @@ def run_sharded(
     Every process runs the same number of forward passes (a short process repeats its last batch and drops the result),
     as sharded models need; the parts are put together by a sum over processes, each row being filled by one of them.
     """
+    if batch_tokens is None:
+        batch_tokens = PROCESSOR_BATCH_TOKENS if accelerator.device.type == "cpu" else BATCH_TOKENS
     batches = list(token_batches(tokens.lengths[rows], batch_tokens))
     rounds = -(-len(batches) // accelerator.num_processes)
     filled: torch.Tensor | None = None
@@ -99,7 +104,7 @@ def each_part(
     model: nn.Module,
     tokens: TokenRows,
     accelerator: Accelerator,
-    batch_tokens: int,
+    batch_tokens: int | None,
     title: str,
     parts: Parts,
     name: str,
@@ -123,13 +128,17 @@ def each_part(
 
 
 def score_prepared(
-    model: nn.Module, prepared: PreparedPairs, accelerator: Accelerator, batch_tokens: int, title: str = "Scoring"
+    model: nn.Module,
+    prepared: PreparedPairs,
+    accelerator: Accelerator,
+    batch_tokens: int | None,
+    title: str = "Scoring",
 ) -> np.ndarray:
     """Scores of prepared pairs.
 
     Args:
         model: a bi- or cross-encoder, as it is or as `accelerator.prepare` returned it.
-        batch_tokens: tokens, padding included, in one forward pass.
+        batch_tokens: tokens, padding included, in one forward pass; None chooses what suits the hardware.
     Returns:
         float32 [pairs], the same on every process; see `as_scores`.
     """
@@ -190,7 +199,7 @@ def score_with(
     teachers: Teachers,
     sets: list[datasets.Dataset],
     accelerator: Accelerator,
-    batch_tokens: int,
+    batch_tokens: int | None,
     parts: Parts | None = None,
 ) -> list[np.ndarray]:
     """Mean scores of the encoders, which are loaded one after another.
@@ -322,7 +331,7 @@ def score_to_file(
     pairs: datasets.Dataset,
     path: Path,
     accelerator: Accelerator,
-    batch_tokens: int,
+    batch_tokens: int | None,
     shard_rows: int,
     facts: dict[str, Any],
 ) -> np.ndarray:

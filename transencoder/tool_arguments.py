@@ -23,7 +23,9 @@ class ToolArguments:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "Autocast type. auto: bf16 where the hardware computes in it, else fp32.", "auto"
     )
-    eval_batch_tokens: int = option("Tokens (padding included) in one forward pass.", 16384)
+    eval_batch_tokens: int | None = option(
+        "Tokens (padding included) in one forward pass. Default: 16384 on a GPU, else 2048.", None
+    )
     shard_rows: int = option("Sentences encoded before what is done is kept on disk.", 65536)
     seed: int = option("Seed of the index's clusters and of the communities.", 2021)
 
