@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 r"""This collection against sentence-transformers: the same work, in turns, as ratios.
 
-python benchmarks/compare.py --bi_encoder MODEL --plm MODEL --pairs FILE --sentences FILE
+python benchmarks/compare.py --bi_encoder MODEL --plm MODEL --pairs FILE --sentences FILE --dev FILE
 
 Each run is a process of its own. Its time begins when the libraries are imported and ends when the result is written:
 reading, tokenising, loading the model, every batch, saving. The peer is at its best sensible settings: bf16 autocast
-where ours has it, fused AdamW, the same batch, the same number of steps, no evaluation.
+where ours has it, fused AdamW, the same batch, the same number of steps, no evaluation. With --without, the other side
+is this collection, too, less one of its shortcuts.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import importlib
 import json
 import os
 import resource
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,9 +34,19 @@ WORKS = {  # what is done -> the script that does it here
     "train cross-encoder (step 2)": "distill_bi2cross",
     "train bi-encoder (step 3)": "distill_cross2bi",
     "contrastive (step 1)": "train_contrastive",
+    "a cycle": "",
 }
+# A cycle's works, each with where its input and its result lie in the folder.
+CYCLE = ("score, bi-encoder", "train cross-encoder (step 2)", "score, cross-encoder", "train bi-encoder (step 3)")
 BATCH = {"distill_bi2cross": 32, "distill_cross2bi": 128, "train_contrastive": 64}
-EPOCHS = 1
+EPOCHS = {"distill_bi2cross": 2, "distill_cross2bi": 5}  # of a cycle; elsewhere one
+WITHOUT = {  # what is left out -> the options that do so, or the name in a module that becomes a function of nothing
+    "length buckets": ["--length_window", "1"],
+    "small batches": ["--eval_batch_tokens", "16384"],
+    "first token only": "transencoder.encoders.read_first_token_only",
+    "cheap dropout": "transencoder.training.use_processor_dropout",
+    "kept memory": "transencoder.training.keep_freed_memory",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -44,98 +58,157 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_pairs", type=int, default=4000, help="pairs to train on (4000); all are scored")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs (5)")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of all trainings (2e-4: for tiny models)")
+    parser.add_argument("--dev", help="labelled pairs (column score) that a cycle's models are measured on")
+    parser.add_argument("--without", choices=WITHOUT, help="measure what this shortcut brings, in place of the peer")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if "a cycle" in arguments.works and not arguments.dev:
+        parser.error("a cycle needs --dev")
+    return arguments
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def run_ours(work: str, arguments: argparse.Namespace, folder: Path) -> None:
+@dataclasses.dataclass
+class Job:
+    """One work: what it reads and where it writes, the same for both sides."""
+
+    work: str
+    pairs: Path
+    scores: Path | None
+    cross: Path
+    output: Path
+    epochs: int = 1
+
+    @property
+    def script(self) -> str:
+        """The script that does it here."""
+        return WORKS[self.work]
+
+
+def jobs_of(work: str, arguments: argparse.Namespace, folder: Path) -> list[Job]:
+    """The work itself, or those of a cycle, each on what the one before it has written."""
+    if work != "a cycle":
+        output = folder / ("out.parquet" if WORKS[work] == "score_pairs" else "out")
+        return [Job(work, Path(arguments.pairs), folder / "scores.parquet", folder / "cross", output)]
+    bi_scores, cross, cross_scores = folder / "1.parquet", folder / "new-cross", folder / "2.parquet"
+    outputs = (bi_scores, cross, cross_scores, folder / "out")
+    scores = (None, bi_scores, None, cross_scores)
+    return [
+        Job(part, folder / "pairs.parquet", read, cross, output, EPOCHS.get(WORKS[part], 1))
+        for part, read, output in zip(CYCLE, scores, outputs, strict=True)
+    ]
+
+
+def run_ours(job: Job, arguments: argparse.Namespace, without: str | None) -> None:
     """The script, in this process, as a user starts it."""
-    script = WORKS[work]
-    words = ["--mixed_precision", "bf16"] if use_bf16() else ["--mixed_precision", "no"]
-    if script == "score_pairs":
-        encoder = arguments.bi_encoder if "bi-" in work else folder / "cross"
-        words += ["--encoders", encoder, "--pairs", arguments.pairs, "--output", folder / "out.parquet"]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a cycle runs several
+    words = ["--mixed_precision", "bf16" if use_bf16() else "no"]
+    if job.script == "score_pairs":
+        encoder = arguments.bi_encoder if "bi-" in job.work else job.cross
+        words += ["--encoders", encoder, "--pairs", job.pairs, "--output", job.output]
     else:
-        model = arguments.bi_encoder if script == "distill_cross2bi" else arguments.plm
-        words += ["--model_name_or_path", model, "--output_dir", folder / "out", "--select_by", "last"]
-        words += ["--eval_steps", 10**6, "--checkpointing_steps", 0, "--num_epochs", EPOCHS]
-        words += ["--total_batch_size", BATCH[script]]
-        if script == "train_contrastive":
-            words += ["--sentences", arguments.sentences, "--pooling", "mean", "--mlp_head", False]
-            words += ["--num_sentences", arguments.num_pairs, "--max_length", 32]
-        else:
-            words += ["--scores", folder / "scores.parquet", "--swap" if "2cross" in script else "--max_length"]
-            words += [False if "2cross" in script else 32]
-    sys.argv = [str(ROOT / "scripts" / f"{script}.py"), *map(str, words)]
+        model = arguments.bi_encoder if job.script == "distill_cross2bi" else arguments.plm
+        words += ["--model_name_or_path", model, "--output_dir", job.output, "--select_by", "last"]
+        words += ["--eval_steps", 10**6, "--checkpointing_steps", 0, "--num_epochs", job.epochs]
+        words += ["--total_batch_size", BATCH[job.script], "--learning_rate", arguments.learning_rate]
+    if job.script == "train_contrastive":
+        words += ["--sentences", arguments.sentences, "--pooling", "mean", "--mlp_head", False]
+        words += ["--num_sentences", arguments.num_pairs, "--max_length", 32]
+    elif job.script == "distill_bi2cross":
+        words += ["--scores", job.scores, "--swap", False]
+    elif job.script == "distill_cross2bi":
+        words += ["--scores", job.scores, "--max_length", 32]
+    words += leave_out(without, job.script) if without else []
+    sys.argv = [str(ROOT / "scripts" / f"{job.script}.py"), *map(str, words)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def run_peer(work: str, arguments: argparse.Namespace, folder: Path) -> None:
+def leave_out(shortcut: str, script: str) -> list[str]:
+    """Options without which the script takes the shortcut; or none, and its function does nothing from now on."""
+    means = WITHOUT[shortcut]
+    if isinstance(means, list):
+        takes_it = (script == "score_pairs") == (shortcut == "small batches")
+        return means if takes_it else []
+    module, _, name = means.rpartition(".")
+    setattr(importlib.import_module(module), name, lambda *_: None)
+    return []
+
+
+def run_peer(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
     """The same with sentence-transformers."""
-    if WORKS[work] == "score_pairs":
-        peer_scores(work, arguments, folder)
+    if job.script == "score_pairs":
+        peer_scores(job, arguments)
     else:
-        peer_trains(work, arguments, folder)
+        peer_trains(job, arguments, folder)
 
 
-def peer_scores(work: str, arguments: argparse.Namespace, folder: Path) -> None:
+def peer_scores(job: Job, arguments: argparse.Namespace) -> None:
     import pandas as pd
     import torch
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
-    pairs = read_table(arguments.pairs)
-    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=use_bf16()):
-        if "bi-" in work:
+    pairs = read_table(job.pairs)
+    with torch.autocast("cuda" if use_gpu() else "cpu", torch.bfloat16, enabled=use_bf16()):
+        if "bi-" in job.work:
             model = SentenceTransformer(arguments.bi_encoder)
             model.max_seq_length = 32
             sides = [model.encode(list(pairs[name]), batch_size=64) for name in ("sentence1", "sentence2")]
             scores = model.similarity_pairwise(*sides).float().numpy()
         else:
-            model = CrossEncoder(str(folder / "cross"), max_length=64)
+            model = CrossEncoder(str(job.cross), max_length=64)
             scores = model.predict(list(zip(pairs["sentence1"], pairs["sentence2"], strict=True)), batch_size=64)
-    pd.DataFrame({**pairs, "score": scores}).to_parquet(folder / "out.parquet")
+    pd.DataFrame({**pairs, "score": scores.clip(0, 1)}).to_parquet(job.output)
 
 
-def peer_trains(work: str, arguments: argparse.Namespace, folder: Path) -> None:
+def peer_trains(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
     import datasets
-    import torch
     from sentence_transformers import CrossEncoder, SentenceTransformer, cross_encoder, sentence_transformer
 
-    script = WORKS[work]
     settings = dict(
         output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=BATCH[script],
-        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH[job.script],
+        num_train_epochs=job.epochs,
+        learning_rate=arguments.learning_rate,
+        weight_decay=0.01,
+        warmup_steps=0.1 if job.script == "distill_bi2cross" else 0,
         bf16=use_bf16(),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not use_gpu(),
         optim="adamw_torch_fused",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    if script == "distill_bi2cross":
+    if job.script == "distill_bi2cross":
         model = CrossEncoder(arguments.plm, num_labels=1, max_length=64)
         loss = cross_encoder.losses.BinaryCrossEntropyLoss(model)
         trainer, options = cross_encoder.CrossEncoderTrainer, cross_encoder.CrossEncoderTrainingArguments
     else:
-        model = SentenceTransformer(arguments.plm if script == "train_contrastive" else arguments.bi_encoder)
+        model = SentenceTransformer(arguments.plm if job.script == "train_contrastive" else arguments.bi_encoder)
         model.max_seq_length = 32
         trainer = sentence_transformer.SentenceTransformerTrainer
         options = sentence_transformer.SentenceTransformerTrainingArguments
-    if script == "train_contrastive":
+    if job.script == "train_contrastive":
         sentences = distinct_sentences(arguments)
         rows = datasets.Dataset.from_dict({"sentence1": sentences, "sentence2": sentences})
         loss = sentence_transformer.losses.MultipleNegativesRankingLoss(model)
     else:
-        rows = datasets.Dataset.from_parquet(str(folder / "scores.parquet"), cache_dir=str(folder / "cache"))
+        rows = datasets.Dataset.from_parquet(str(job.scores), cache_dir=str(folder / "cache"))
         rows = rows.rename_column("score", "label")
-        if script == "distill_cross2bi":
+        if job.script == "distill_cross2bi":
             loss = sentence_transformer.losses.CosineSimilarityLoss(model)
     trainer(model=model, args=options(**settings), train_dataset=rows, loss=loss).train()
-    model.save_pretrained(str(folder / "out"))
+    model.save_pretrained(str(job.output))
+
+
+def use_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def use_bf16() -> bool:
@@ -145,11 +218,11 @@ def use_bf16() -> bool:
     return choose_precision("auto") == "bf16"
 
 
-def read_table(path: str) -> dict[str, list[str]]:
+def read_table(path: Path) -> dict[str, list[str]]:
     """Both columns of a file of pairs."""
     from transencoder.tables import read_pairs
 
-    pairs = read_pairs([path], None)
+    pairs = read_pairs([str(path)], None)
     return {name: list(pairs[name]) for name in ("sentence1", "sentence2")}
 
 
@@ -168,22 +241,42 @@ def worker(arguments: argparse.Namespace) -> None:
     import transformers  # noqa: F401
 
     (side, work), folder = arguments.worker, Path(os.environ["COMPARE_FOLDER"])
+    jobs = jobs_of(work, arguments, folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        (run_ours if side == "ours" else run_peer)(work, arguments, folder)
+        for job in jobs:
+            if side == "peer":
+                run_peer(job, arguments, folder)
+            else:
+                run_ours(job, arguments, without=None if side == "ours" else side)
     seconds = time.perf_counter() - started
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps({"seconds": seconds, "memory": memory}))
+    dev = [
+        dev_score(str(job.output), arguments.dev) for job in jobs if WORKS[job.work] != "score_pairs" and len(jobs) > 1
+    ]
+    print(json.dumps({"seconds": seconds, "memory": memory, "dev": dev}))
+
+
+def dev_score(model: str, dev: str) -> float:
+    """Spearman's rho x 100 of a trained model on the dev set."""
+    from accelerate import Accelerator
+
+    from transencoder.encoders import load_encoder
+    from transencoder.evaluation import DevSet
+    from transencoder.tasks import load_task
+
+    encoder, accelerator = load_encoder(model).eval(), Accelerator(cpu=not use_gpu())
+    return DevSet(load_task(dev), encoder.to(accelerator.device), accelerator, None).score(encoder)
 
 
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, work: str, folder: Path) -> dict[str, float]:
+def measure(side: str, work: str, folder: Path) -> dict[str, Any]:
     """Start a worker with fresh caches and return what it measured."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ("cross", "scores.parquet"):
+        for name in ("cross", "scores.parquet", "pairs.parquet"):
             os.symlink(folder / name, Path(scratch) / name)
         environment = os.environ | {"COMPARE_FOLDER": scratch, "HF_DATASETS_CACHE": f"{scratch}/cache"}
         command = [sys.executable, *sys.argv, "--worker", side, work]
@@ -208,6 +301,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     pairs = pairs.select(range(min(arguments.num_pairs, len(pairs))))
     scores = np.random.default_rng(0).random(len(pairs), dtype=np.float32)
     write_scores(folder / "scores.parquet", pairs, scores, {})
+    pairs.select_columns(["sentence1", "sentence2"]).to_parquet(folder / "pairs.parquet")
 
 
 def main() -> None:
@@ -217,18 +311,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(arguments, folder)
-        print("| work | ours / peer, speed: median (min - max) | memory above the imports, ours / peer |")
+        other = arguments.without or "peer"
+        against = f"without {other}" if arguments.without else other
+        print(
+            f"| work | speed, ours / {against}: median (min - max) | peak memory above the imports, ours / {against} |"
+        )
         print("| :--- | ---: | ---: |")
         for work in arguments.works:
             runs = []
             for turn in range(arguments.repeats):
-                order = ("ours", "peer") if turn % 2 == 0 else ("peer", "ours")
+                order = ("ours", other) if turn % 2 == 0 else (other, "ours")
                 runs.append({side: measure(side, work, folder) for side in order})
                 print(f"{work}, {turn + 1}: {runs[-1]}", file=sys.stderr)
-            ratios = [run["peer"]["seconds"] / run["ours"]["seconds"] for run in runs]
-            memory = statistics.median(run["ours"]["memory"] / run["peer"]["memory"] for run in runs)
-            shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-            print(f"| {work} | {shown} | {memory:.2f} |", flush=True)
+            print(row(work, runs, other), flush=True)
+
+
+def row(work: str, runs: list[dict[str, dict[str, Any]]], other: str) -> str:
+    """A line of the table, for a cycle with the dev scores of both sides' cross- and bi-encoders."""
+    ratios = [run[other]["seconds"] / run["ours"]["seconds"] for run in runs]
+    memory = statistics.median(run["ours"]["memory"] / run[other]["memory"] for run in runs)
+    shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+    scores = {
+        side: [statistics.median(values) for values in zip(*(run[side]["dev"] for run in runs), strict=True)]
+        for side in ("ours", other)
+    }
+    dev = ", ".join(
+        f"{side} " + " / ".join(f"{value:.2f}" for value in values) for side, values in scores.items() if values
+    )
+    return f"| {work}{f' (dev, cross- / bi-encoder: {dev})' if dev else ''} | {shown} | {memory:.2f} |"
 
 
 if __name__ == "__main__":
