@@ -5,7 +5,6 @@ import json
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -17,7 +16,8 @@ import transencoder
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
 from transencoder.files import RUN_FILE, claim, difference, identity, move_model, write_folder, write_json, write_run
-from transencoder.scoring import check_output, read_label_pairs, scores_are_there, token_batches, write_scores
+from transencoder.inference import token_batches
+from transencoder.scoring import check_output, read_label_pairs, scores_are_there, write_scores
 from transencoder.tables import read_pairs
 
 STAGE = "distill_bi2cross"
@@ -440,11 +440,12 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
     path = tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
 
-    def fail(table: pa.Table, target: BinaryIO) -> None:
-        target.write(b"half")
-        raise OSError("disk full")
+    class FullDisk(pq.ParquetWriter):
+        def write_table(self, table: pa.Table) -> None:
+            super().write_table(table)
+            raise OSError("disk full")
 
-    monkeypatch.setattr("transencoder.scoring.pq.write_table", fail)
+    monkeypatch.setattr("transencoder.scoring.pq.ParquetWriter", FullDisk)
     with pytest.raises(OSError, match="disk full"):
         write_scores(path, pairs_table(), np.ones(5, dtype=np.float32), FACTS)
     assert names(tmp_path) == ["scores.parquet"]
