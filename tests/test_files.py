@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import transencoder
+from transencoder import tables
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
 from transencoder.files import RUN_FILE, claim, difference, identity, move_model, write_folder, write_json, write_run
@@ -350,6 +351,16 @@ def test_scores_are_written_beside_their_pairs_in_order(tmp_path):
     assert table["sentence1"].to_pylist() == ["sentence1 4", "sentence1 0", "sentence1 2"]
     assert table["sentence2"].to_pylist() == ["sentence2 4", "sentence2 0", "sentence2 2"]
     assert table["score"].to_pylist() == pytest.approx([0.1, -0.2, 0.3])
+
+
+def test_scores_are_written_block_by_block(tmp_path, monkeypatch):
+    scores = np.linspace(0, 1, 5, dtype=np.float32)
+    write_scores(tmp_path / "whole.parquet", pairs_table(), scores, FACTS)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 2)
+    write_scores(tmp_path / "blocks.parquet", pairs_table(), scores, FACTS)
+    whole, parts = (pq.ParquetFile(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
+    assert (whole.num_row_groups, parts.num_row_groups) == (1, 3)
+    assert whole.read().equals(parts.read()) and whole.schema_arrow.metadata == parts.schema_arrow.metadata
 
 
 def test_written_scores_are_read_as_training_pairs(tmp_path):
