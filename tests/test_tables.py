@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -592,3 +593,19 @@ def test_repeats_are_found_in_other_blocks(tmp_path, monkeypatch):
         ("c", "d"),
         ("d", "c"),
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
+def test_pages_that_are_given_back_can_be_read_again(tmp_path):
+    source = write(tmp_path / "pairs.txt", "".join(f"{i} {'a' * 90}||{i} {'b' * 90}\n" for i in range(20_000)))
+    table, process = read_pairs([source]), psutil.Process()
+    texts, held = pairs_of(table), process.memory_info().shared
+    tables.release_pages()
+    assert held - process.memory_info().shared > 3_000_000
+    assert pairs_of(table) == texts
+
+    vectors = np.lib.format.open_memmap(tmp_path / "a.vec", mode="w+", dtype=np.float32, shape=(1000, 64))
+    vectors[:] = np.arange(64_000).reshape(1000, 64)
+    tables.release_pages()  # what is not on disk yet is not lost either
+    assert np.array_equal(vectors, np.arange(64_000).reshape(1000, 64))
+    assert np.array_equal(np.load(tmp_path / "a.vec"), vectors)

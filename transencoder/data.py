@@ -26,6 +26,7 @@ from transencoder.tables import (
     cache_key,
     local_main_process_first,
     numbers,
+    release_pages,
     row_hashes,
     sides,
 )
@@ -33,6 +34,7 @@ from transencoder.tables import (
 # Training inputs that are tokenised before the first step, which takes about a minute; more are tokenised batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
 TOKENIZED_ROWS = 1_000_000
+RANDOM_ROWS = 4096  # rows from all over a file after which its pages are given back; each can map 64 KiB
 
 # --- text -> tokens --------------------------------------------------------------------------------------------------
 
@@ -86,6 +88,7 @@ class TextRows:
     ):
         self._table = table.select_columns(list(columns))
         self.names, self._encode = _encoding(columns, tokenizer, max_length)
+        self._read = 0
         self.lengths = np.empty(len(table), dtype=np.int32)
         for start, block in blocks(self._table):
             bytes_ = sum(pc.binary_length(column).to_numpy() for column in block.columns)
@@ -96,6 +99,10 @@ class TextRows:
 
     def at(self, indices: np.ndarray) -> tuple[TokenRows, np.ndarray]:
         """The tokens of `indices`, and their numbers there."""
+        self._read += len(indices)
+        if self._read > RANDOM_ROWS:
+            self._read = 0
+            release_pages()
         tokens = self._encode(self._table[indices])
         arrays = [pa.array(tokens[name], pa.list_(TOKEN_TYPES[name])) for name in self.names]
         return TokenRows(pa.table(arrays, names=self.names)), np.arange(len(indices))
@@ -133,9 +140,14 @@ def tokenize(
     names, encode = _encoding(columns, tokenizer, max_length)
     fingerprint = cache_key(table._fingerprint, columns, max_length, names, vocabulary)
     types = {name: datasets.List(datasets.Value(str(TOKEN_TYPES[name]))) for name in names}
+
+    def encode_block(batch: dict[str, list[str]]) -> dict[str, Any]:
+        release_pages()
+        return encode(batch)
+
     with local_main_process_first():
         tokens = table.map(
-            encode,
+            encode_block,
             batched=True,
             batch_size=10_000,
             remove_columns=table.column_names,

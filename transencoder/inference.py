@@ -13,6 +13,7 @@ from transencoder.engines import autocast
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.parts import Parts
 from transencoder.runtime import progress_bar
+from transencoder.tables import release_pages
 
 
 def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -75,6 +76,7 @@ def each_part(
     starts = range(0, len(tokens), parts.rows)
     with StopSignal() as stop:
         for number, start in enumerate(starts):
+            release_pages()
             rows = np.arange(start, min(start + parts.rows, len(tokens)))
             part = parts.load(name, number, len(rows))
             if part is None:
