@@ -6,8 +6,10 @@ from collections.abc import Iterable
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import make_tokenizer, random_pairs, random_sentences
 
+from transencoder import data, tables
 from transencoder.data import (
     DropoutViews,
     LengthWindowSampler,
@@ -117,13 +119,15 @@ def test_tokens_are_found_in_every_chunk(monkeypatch, tokenizer):
         assert row.tolist() == tokenizer(sentences[index])["input_ids"]
 
 
-def test_unique_sentences_and_their_places_give_the_pairs_back():
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_unique_sentences_and_their_places_give_the_pairs_back(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", rows)
     table = pairs_table(random_pairs(50) + random_pairs(50)[::-1])
     for part in (table, table.select([97, 3, 3, 50, 2])):
         unique, (first, second) = unique_sentences(part)
         sentences = unique["sentence"][:]
-        assert len(set(sentences)) == len(sentences)
-        assert set(sentences) == set(part["sentence1"]) | set(part["sentence2"])
+        assert sentences == list(dict.fromkeys(text for row in part for text in (row["sentence1"], row["sentence2"])))
         assert [sentences[i] for i in first] == part["sentence1"][:]
         assert [sentences[i] for i in second] == part["sentence2"][:]
 
@@ -266,6 +270,36 @@ def test_sentence_pairs_stay_aligned_with_each_other_and_their_scores(tokenizer)
         assert batch["scores"].tolist() == pytest.approx([rows[i]["score"] for i in indices])
     # A pair is as long as its longer sentence, with two special tokens.
     assert pairs.lengths.tolist() == [max(len(row[name].split()) for name in PAIRS) + 2 for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "swapped pairs", "sentences", "views"])
+def test_what_is_tokenised_batch_by_batch_gives_the_same_batches(kind, tokenizer, monkeypatch):
+    table = pairs_table(random_pairs(12))
+    sentences = table.select_columns("sentence1").rename_column("sentence1", "sentence")
+    make = {
+        "pairs": lambda: PairInputs(table, tokenizer, 11, swap=False),
+        "swapped pairs": lambda: PairInputs(table, tokenizer, 11, swap=True),
+        "sentences": lambda: SentencePairs(table, tokenizer, 6),
+        "views": lambda: DropoutViews(sentences, tokenizer, 6),
+    }[kind]
+    before = make()
+    monkeypatch.setattr(data, "TOKENIZED_ROWS", 11)
+    later = make()
+    assert isinstance(before.tokens, data.TokenRows) and isinstance(later.tokens, data.TextRows)
+    order = np.random.default_rng(0).permutation(len(before.lengths))
+    assert len(later.lengths) == len(before.lengths)
+    for indices in (order[:5].tolist(), order.tolist()):
+        one, other = (rows.__getitems__(indices) for rows in (before, later))
+        for name, value in one["inputs"].items():
+            assert value.dtype == other["inputs"][name].dtype and torch.equal(value, other["inputs"][name]), name
+        assert kind == "views" or torch.equal(one["scores"], other["scores"])
+
+
+def test_lengths_of_what_is_not_tokenised_yet_are_bytes_of_text(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "TOKENIZED_ROWS", 1)
+    rows = [{"sentence1": "zoë", "sentence2": "ab", "score": 0.0}, {"sentence1": "a", "sentence2": "b", "score": 1.0}]
+    assert PairInputs(pairs_table(rows), tokenizer, 16, swap=True).lengths.tolist() == [6, 2, 6, 2]
+    assert SentencePairs(pairs_table(rows), tokenizer, 16).lengths.tolist() == [4, 1]
 
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123"  # 30 different characters

@@ -30,6 +30,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from transencoder import scoring
 from transencoder.encoders import (
     BiEncoder,
     CrossEncoder,
@@ -42,6 +43,7 @@ from transencoder.encoders import (
     load_encoder,
 )
 from transencoder.errors import InputError
+from transencoder.parts import Parts
 from transencoder.scoring import PreparedPairs, Teachers, score_prepared, score_with
 
 PAIRS = [(row["sentence1"], row["sentence2"]) for row in random_pairs(24)]
@@ -423,6 +425,19 @@ def test_several_encoders_give_their_mean_score(bi_folder, cross_folder):
     np.testing.assert_allclose(weighted, 0.25 * first + 0.75 * second, atol=1e-6)
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
     np.testing.assert_allclose(part, both[[5, 2]], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bi", "cross"])
+def test_scores_do_not_depend_on_the_blocks_they_are_made_in(kind, bi_folder, cross_folder, tmp_path, monkeypatch):
+    table, accelerator = pairs_table(), plain_accelerator()
+    encoder = load_encoder(str(bi_folder if kind == "bi" else cross_folder)).to(accelerator.device).eval()
+    whole = score_prepared(encoder, PreparedPairs(encoder, table), accelerator, 10**6)
+    monkeypatch.setattr(scoring, "COSINE_ROWS", 5)
+    for rows, batch_tokens in ((1000, 10**6), (7, 10**6), (7, 100)):
+        parts = Parts(tmp_path / "scores.parquet", {"batch_tokens": batch_tokens}, rows, accelerator)
+        found = scoring.score_in_parts(encoder, table, accelerator, batch_tokens, parts, "encoder", "Scoring")
+        np.testing.assert_allclose(found, whole, atol=1e-6)
+        assert not list(parts.folder.glob("*.vec"))
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import BinaryIO
 
 import datasets
 import numpy as np
@@ -14,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import transencoder
+from transencoder import tables
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
 from transencoder.files import RUN_FILE, claim, difference, identity, move_model, write_folder, write_json, write_run
-from transencoder.scoring import check_output, read_label_pairs, scores_are_there, token_batches, write_scores
+from transencoder.inference import token_batches
+from transencoder.scoring import check_output, read_label_pairs, scores_are_there, write_scores
 from transencoder.tables import read_pairs
 
 STAGE = "distill_bi2cross"
@@ -352,6 +353,16 @@ def test_scores_are_written_beside_their_pairs_in_order(tmp_path):
     assert table["score"].to_pylist() == pytest.approx([0.1, -0.2, 0.3])
 
 
+def test_scores_are_written_block_by_block(tmp_path, monkeypatch):
+    scores = np.linspace(0, 1, 5, dtype=np.float32)
+    write_scores(tmp_path / "whole.parquet", pairs_table(), scores, FACTS)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 2)
+    write_scores(tmp_path / "blocks.parquet", pairs_table(), scores, FACTS)
+    whole, parts = (pq.ParquetFile(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
+    assert (whole.num_row_groups, parts.num_row_groups) == (1, 3)
+    assert whole.read().equals(parts.read()) and whole.schema_arrow.metadata == parts.schema_arrow.metadata
+
+
 def test_written_scores_are_read_as_training_pairs(tmp_path):
     write_scores(tmp_path / "scores.parquet", pairs_table(), np.linspace(0, 1, 5, dtype=np.float32), FACTS)
     table = read_pairs([str(tmp_path / "scores.parquet")], "score")
@@ -440,11 +451,12 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
     path = tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
 
-    def fail(table: pa.Table, target: BinaryIO) -> None:
-        target.write(b"half")
-        raise OSError("disk full")
+    class FullDisk(pq.ParquetWriter):
+        def write_table(self, table: pa.Table) -> None:
+            super().write_table(table)
+            raise OSError("disk full")
 
-    monkeypatch.setattr("transencoder.scoring.pq.write_table", fail)
+    monkeypatch.setattr("transencoder.scoring.pq.ParquetWriter", FullDisk)
     with pytest.raises(OSError, match="disk full"):
         write_scores(path, pairs_table(), np.ones(5, dtype=np.float32), FACTS)
     assert names(tmp_path) == ["scores.parquet"]

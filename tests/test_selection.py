@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs
+from sklearn.feature_extraction.text import TfidfVectorizer
 
+from transencoder import lexical, tables
 from transencoder.arguments import parse_stage
 from transencoder.errors import InputError
 from transencoder.lexical import lexical_scores
@@ -108,12 +110,17 @@ def test_agreement_is_the_rank_correlation_of_two_files(tmp_path, run_script):
     result = run_script("compare_scores.py", first, second)
     assert float(result.stdout) == pytest.approx(0.8)
     assert np.isnan(agreement(first, write_scores(tmp_path / "c.parquet", [0.5] * 4)))
+    pq.write_table(pq.read_table(second), tmp_path / "d.parquet", row_group_size=3)  # in other pieces
+    assert agreement(first, tmp_path / "d.parquet") == pytest.approx(0.8)
 
 
 def test_files_that_cannot_be_compared_are_refused(tmp_path, run_script):
     first = write_scores(tmp_path / "a.parquet", [0.1, 0.2])
     other = write_scores(tmp_path / "b.parquet", [0.1, 0.2], first=["x", "y"])
-    for second, words in ((other, "not the pairs of"), (tmp_path / "none.parquet", "not a file of scores")):
+    pq.write_table(pa.table({"sentence1": ["a"]}), tmp_path / "else.parquet")
+    refusals = [(other, "not the pairs of")]
+    refusals += [(tmp_path / f"{name}.parquet", "not a file of scores") for name in ("none", "else")]
+    for second, words in refusals:
         result = run_script("compare_scores.py", first, second)
         assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
 
@@ -146,6 +153,19 @@ def test_lexical_scores_of_two_letters_by_hand():
     # Cosine: 1.287682^2 / (1.287682^2 + 5 * 1.693147^2) = 0.103679
     pairs = datasets.Dataset.from_dict({"sentence1": ["ab", "xy"], "sentence2": ["ac", "ab"]})
     np.testing.assert_allclose(lexical_scores(pairs), [0.103679, 0.0], atol=1e-5)
+
+
+def test_lexical_scores_do_not_depend_on_the_blocks(monkeypatch):
+    pairs = datasets.Dataset.from_list([{n: row[n] for n in ("sentence1", "sentence2")} for row in random_pairs(30)])
+    whole = lexical_scores(pairs)
+    monkeypatch.setattr(lexical, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 5)
+    np.testing.assert_allclose(lexical_scores(pairs), whole, atol=1e-6)
+    # ... and are what scikit-learn makes of all sentences at once.
+    sides = [pairs["sentence1"][:], pairs["sentence2"][:]]
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)).fit(sorted({*sides[0], *sides[1]}))
+    first, second = (vectorizer.transform(side) for side in sides)
+    np.testing.assert_allclose(whole, np.asarray(first.multiply(second).sum(axis=1)).ravel(), atol=1e-6)
 
 
 def test_lexical_scores_without_any_letters():

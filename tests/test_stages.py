@@ -335,6 +335,20 @@ def test_a_cross_encoder_can_be_trained_on(cross, tiny_bert, bi_scores, tmp_path
 
 
 @pytest.mark.slow
+def test_a_training_is_the_same_where_its_tokens_are_made_batch_by_batch(tiny_bert, tmp_path, run_script, monkeypatch):
+    rows = [{**row, "score": row["score"] / 5} for row in random_pairs(32)]
+    scores = write_jsonl(tmp_path / "scores.jsonl", rows)
+    for name, limit in (("before", 10**6), ("later", 63)):
+        monkeypatch.setattr("transencoder.data.TOKENIZED_ROWS", limit)
+        words = ["--model_name_or_path", tiny_bert, "--scores", scores, "--output_dir", tmp_path / name, *QUICK]
+        # With sorted windows the two would draw other batches: one goes by tokens, the other by bytes.
+        must(run_script("distill_bi2cross.py", *words, "--length_window", 1))
+    assert losses(tmp_path / "before") == losses(tmp_path / "later")
+    for name, value in weights(tmp_path / "before").items():
+        assert np.array_equal(value, weights(tmp_path / "later")[name]), name
+
+
+@pytest.mark.slow
 def test_the_bi_encoders_loss_can_be_exchanged(start, bi_scores, tmp_path, run_script):
     found = {}
     for loss in ("mse", "bce"):

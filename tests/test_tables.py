@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import datasets
+import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +15,7 @@ from conftest import random_sentences, write_jsonl
 
 from transencoder import tables
 from transencoder.errors import InputError
-from transencoder.tables import PAIRS, is_hub_id, read_pairs, read_sentences, sample
+from transencoder.tables import PAIRS, blocks, is_hub_id, numbers, read_pairs, read_sentences, sample
 
 ROWS = [("pay my card", "cancel my plan"), ("é “NA”", "late, is it"), ("pay my card", "the app")]
 SCORES = [0.5, 4.0, -1.25]
@@ -565,3 +567,45 @@ def test_sample_is_a_random_subset_in_order_that_the_seed_decides():
 def test_a_sample_of_everything_or_more_is_the_whole_table(size):
     table = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"]})
     assert sample(table, size, seed=1)["sentence"][:] == ["a", "b", "c"]
+
+
+# --- block by block --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [None, [3, 4, 9], [9, 0, 4, 4, 2, 7, 1, 3]])
+def test_blocks_give_the_rows_of_a_table_or_of_a_selection_in_order(chosen):
+    halves = [datasets.Dataset.from_dict({"id": range(start, start + 5)}) for start in (0, 5)]
+    table = datasets.concatenate_datasets(halves)
+    table = table if chosen is None else table.select(chosen)
+    found = list(blocks(table, 3))
+    assert [start for start, _ in found] == list(range(0, len(table), 3))
+    assert [row for _, block in found for row in block["id"].to_pylist()] == table["id"][:]
+    assert numbers(table, "id", np.float32).tolist() == table["id"][:]
+
+
+def test_repeats_are_found_in_other_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 2)
+    source = write(tmp_path / "pairs.txt", "a||b\nb||c\nb||a\nc||d\na||b\nb||c\nd||c\n")
+    assert pairs_of(read_pairs([source], drop_duplicates=True)) == [
+        ("a", "b"),
+        ("b", "c"),
+        ("b", "a"),
+        ("c", "d"),
+        ("d", "c"),
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
+def test_pages_that_are_given_back_can_be_read_again(tmp_path):
+    source = write(tmp_path / "pairs.txt", "".join(f"{i} {'a' * 90}||{i} {'b' * 90}\n" for i in range(20_000)))
+    table, process = read_pairs([source]), psutil.Process()
+    texts, held = pairs_of(table), process.memory_info().shared
+    tables.release_pages()
+    assert held - process.memory_info().shared > 3_000_000
+    assert pairs_of(table) == texts
+
+    vectors = np.lib.format.open_memmap(tmp_path / "a.vec", mode="w+", dtype=np.float32, shape=(1000, 64))
+    vectors[:] = np.arange(64_000).reshape(1000, 64)
+    tables.release_pages()  # what is not on disk yet is not lost either
+    assert np.array_equal(vectors, np.arange(64_000).reshape(1000, 64))
+    assert np.array_equal(np.load(tmp_path / "a.vec"), vectors)

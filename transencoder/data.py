@@ -1,18 +1,40 @@
-"""Turning checked tables into tokens, and tokens into batches. Tokens are made once and kept memory-mapped."""
+"""Turning checked tables into tokens, and tokens into batches.
+
+Tokens are made once and kept memory-mapped; those of a very long training set are made batch by batch.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from transencoder.errors import InputError
-from transencoder.tables import PAIRS, SENTENCES, cache_folder, cache_key, local_main_process_first
+from transencoder.files import write_file
+from transencoder.tables import (
+    PAIRS,
+    SENTENCES,
+    blocks,
+    cache_folder,
+    cache_key,
+    local_main_process_first,
+    numbers,
+    release_pages,
+    row_hashes,
+    sides,
+)
+
+# Training inputs that are tokenised before the first step, which takes about a minute; more are tokenised batch by
+# batch. What decides is the number alone, so that a run and its repetition take the same way.
+TOKENIZED_ROWS = 1_000_000
+RANDOM_ROWS = 4096  # rows from all over a file after which its pages are given back; each can map 64 KiB
 
 # --- text -> tokens --------------------------------------------------------------------------------------------------
 
@@ -21,12 +43,12 @@ class TokenRows:
     """Token ids of many inputs, memory-mapped; a row is a NumPy view, so reading a batch costs next to nothing.
 
     Args:
-        table: a dataset with the column `input_ids` (list of int32) and perhaps `token_type_ids` (list of int8).
+        table: the column `input_ids` (list of int32) and perhaps `token_type_ids` (list of int8).
     """
 
-    def __init__(self, table: datasets.Dataset):
+    def __init__(self, table: pa.Table):
         self.names = table.column_names
-        self._columns = {name: table.data.column(name).chunks for name in self.names}
+        self._columns = {name: table.column(name).chunks for name in self.names}
         self._views = {
             name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)) for chunk in chunks]
             for name, chunks in self._columns.items()
@@ -39,13 +61,69 @@ class TokenRows:
         return len(self.lengths)
 
     def rows(self, name: str, indices: np.ndarray) -> list[np.ndarray]:
-        """The arrays of column `name` at `indices`."""
+        """The arrays of column `name` at `indices` (int64)."""
         found = []
         for index, chunk in zip(indices, np.searchsorted(self._starts, indices, side="right") - 1, strict=True):
             offsets, values = self._views[name][chunk]
             row = index - self._starts[chunk]
             found.append(values[offsets[row] : offsets[row + 1]])
         return found
+
+    def at(self, indices: np.ndarray) -> tuple["TokenRows", np.ndarray]:
+        """Where the tokens of `indices` are found: here, under these numbers."""
+        return self, indices
+
+
+class TextRows:
+    """Inputs that are tokenised when their batch is asked for: there are too many to do it before the first step.
+
+    Args as of `tokenize`.
+
+    Attributes:
+        lengths: int32 [rows], as of `TokenRows` but in bytes of text, which batches of similar length can be cut by.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ):
+        self._table = table.select_columns(list(columns))
+        self.names, self._encode = _encoding(columns, tokenizer, max_length)
+        self._read = 0
+        self.lengths = np.empty(len(table), dtype=np.int32)
+        for start, block in blocks(self._table):
+            bytes_ = sum(pc.binary_length(column).to_numpy() for column in block.columns)
+            self.lengths[start : start + len(block)] = bytes_
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def at(self, indices: np.ndarray) -> tuple[TokenRows, np.ndarray]:
+        """The tokens of `indices`, and their numbers there."""
+        self._read += len(indices)
+        if self._read > RANDOM_ROWS:
+            self._read = 0
+            release_pages()
+        tokens = self._encode(self._table[indices])
+        arrays = [pa.array(tokens[name], pa.list_(TOKEN_TYPES[name])) for name in self.names]
+        return TokenRows(pa.table(arrays, names=self.names)), np.arange(len(indices))
+
+
+TOKEN_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8()}
+
+
+def _encoding(
+    columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[str], Callable[[dict[str, list[str]]], dict[str, Any]]]:
+    """The names of what a model needs of one or two columns of text, and the function that makes it of a batch."""
+    names = ["input_ids"]
+    if len(columns) == 2 and "token_type_ids" in tokenizer.model_input_names:
+        names.append("token_type_ids")
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+        return {name: encoded[name] for name in names}
+
+    return names, encode
 
 
 def tokenize(
@@ -59,35 +137,43 @@ def tokenize(
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else repr(tokenizer)
     if tokenizer.is_fast:
         vocabulary.update(truncation=None, padding=None)
-    names = ["input_ids"]
-    if len(columns) == 2 and "token_type_ids" in tokenizer.model_input_names:
-        names.append("token_type_ids")
-    types = {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "token_type_ids": datasets.List(datasets.Value("int8")),
-    }
+    names, encode = _encoding(columns, tokenizer, max_length)
     fingerprint = cache_key(table._fingerprint, columns, max_length, names, vocabulary)
+    types = {name: datasets.List(datasets.Value(str(TOKEN_TYPES[name]))) for name in names}
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
-        return {name: encoded[name] for name in names}
+    def encode_block(batch: dict[str, list[str]]) -> dict[str, Any]:
+        release_pages()
+        return encode(batch)
 
     with local_main_process_first():
         tokens = table.map(
-            encode,
+            encode_block,
             batched=True,
-            batch_size=10_000,
             remove_columns=table.column_names,
-            features=datasets.Features({name: types[name] for name in names}),
+            features=datasets.Features(types),
             cache_file_name=str(cache_folder() / f"tokens-{fingerprint}.arrow"),
             new_fingerprint=fingerprint,
             desc="Tokenizing",
         )
-    return TokenRows(tokens)
+    return TokenRows(tokens.data.table)
 
 
-def pad(tokens: TokenRows, indices: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+def training_tokens(
+    table: datasets.Dataset, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> TokenRows | TextRows:
+    """The inputs of a training: up to `TOKENIZED_ROWS` are tokenised now, more of them when their batch comes.
+
+    The tokens are the same either way. Which rows make a batch is not: it depends on `lengths`.
+    """
+    rows_of = tokenize if len(table) <= TOKENIZED_ROWS else TextRows
+    return rows_of(table, columns, tokenizer, max_length)
+
+
+def pad(
+    tokens: TokenRows | TextRows, indices: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
     """The rows at `indices`, right-padded, as int64 [rows, longest]: input_ids, attention_mask, token_type_ids."""
+    tokens, indices = tokens.at(indices)
     lengths = tokens.lengths[indices]
     inside = np.arange(lengths.max()) < lengths[:, None]
     batch = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
@@ -102,23 +188,64 @@ def pad(tokens: TokenRows, indices: np.ndarray, tokenizer: PreTrainedTokenizerBa
 def unique_sentences(
     table: datasets.Dataset, columns: tuple[str, ...] = PAIRS
 ) -> tuple[datasets.Dataset, list[np.ndarray]]:
-    """Each distinct sentence once, and for every column the index of each row's sentence (int64 [rows])."""
-    joined = pa.chunked_array([chunk for name in columns for chunk in in_order(table).data.column(name).chunks])
-    encoded = joined.combine_chunks().dictionary_encode()
-    indices = encoded.indices.to_numpy().astype(np.int64)
-    unique = datasets.Dataset(pa.table({"sentence": encoded.dictionary}))
-    return unique, np.split(indices, len(columns))
+    """Each distinct sentence once, and for every column the index of each row's sentence (int32 [rows]).
+
+    Both are kept in the `datasets` cache, memory-mapped. Sentences are told apart by 64-bit hashes, see `row_hashes`.
+    """
+    key = cache_key(table._fingerprint, columns)
+    text, places = (cache_folder() / f"unique-{key}.{suffix}" for suffix in ("arrow", "npy"))
+    with local_main_process_first():
+        if not (text.exists() and places.exists()):
+            _write_unique(table.select_columns(list(columns)), text, places)
+    return datasets.Dataset.from_file(str(text)), list(np.load(places, mmap_mode="r"))
+
+
+def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
+    """What `unique_sentences` keeps, block by block, from the columns of `table`, all of them sentences.
+
+    The sentences are numbered as they appear, row by row, so that what a block of pairs needs lies close together.
+    """
+    width, names = len(table.column_names), table.column_names
+    hashes = np.empty((len(table), width), dtype=np.uint64)
+    for start, block in blocks(table):
+        for column, name in enumerate(names):
+            hashes[start : start + len(block), column] = row_hashes(block.select([name]))
+    known = np.sort(hashes, axis=None)
+    known = known[np.append(True, known[1:] != known[:-1])]
+    found = np.full(len(known), -1, dtype=np.int32)  # the number of the sentence with each known hash
+    indices = np.empty((width, len(table)), dtype=np.int32)
+
+    def write(stream: Any) -> None:
+        count = 0
+        with pa.ipc.new_stream(stream, pa.schema([("sentence", pa.large_string())])) as writer:
+            for start, block in blocks(table):
+                rows = slice(start, start + len(block))
+                some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
+                at = np.searchsorted(known, some)
+                new = np.flatnonzero(found[at] < 0)
+                new = new[np.argsort(first[new])]
+                found[at[new]] = np.arange(count, count + len(new))
+                count += len(new)
+                indices[:, rows] = found[at][inverse].reshape(-1, width).T
+                column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
+                row, column = np.divmod(first[new], width)
+                writer.write_batch(
+                    pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
+                )
+
+    write_file(text, write)
+    write_file(places, lambda stream: np.save(stream, indices))
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """In the type of checked tables, which offsets of 32 bits do not limit."""
+    return column.cast(pa.large_string())
 
 
 def turned(table: datasets.Dataset) -> datasets.Dataset:
     """The pairs with their sentences exchanged."""
     renamed = table.rename_columns({"sentence1": "sentence2", "sentence2": "sentence1"})
     return renamed.select_columns(table.column_names)
-
-
-def in_order(table: datasets.Dataset) -> datasets.Dataset:
-    """`table` with its rows laid out as they are numbered (after `select`, `.data` still holds the original rows)."""
-    return table.flatten_indices() if table._indices is not None else table
 
 
 # --- tokens -> batches -----------------------------------------------------------------------------------------------
@@ -135,8 +262,8 @@ class PairInputs(Dataset):
         if swap:
             table = datasets.concatenate_datasets([table, turned(table)])
         self.tokenizer = tokenizer
-        self.tokens = tokenize(table, PAIRS, tokenizer, max_length)
-        self.scores = np.asarray(table["score"], dtype=np.float32)
+        self.tokens = training_tokens(table, PAIRS, tokenizer, max_length)
+        self.scores = numbers(table, "score", np.float32)
         self.lengths = self.tokens.lengths
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
@@ -148,10 +275,14 @@ class SentencePairs(Dataset):
     """Step 3: the first, then the second sentences of a batch, in one padded batch, and their pseudo-labels."""
 
     def __init__(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int):
-        sentences, (self.first, self.second) = unique_sentences(table)
+        if len(table) <= TOKENIZED_ROWS:
+            sentences, (self.first, self.second) = unique_sentences(table)
+        else:  # what is not tokenised beforehand need not be looked at twice either
+            sentences = datasets.concatenate_datasets(sides(table))
+            self.first, self.second = np.arange(2 * len(table), dtype=np.int32).reshape(2, -1)
         self.tokenizer = tokenizer
-        self.tokens = tokenize(sentences, SENTENCES, tokenizer, max_length)
-        self.scores = np.asarray(table["score"], dtype=np.float32)
+        self.tokens = training_tokens(sentences, SENTENCES, tokenizer, max_length)
+        self.scores = numbers(table, "score", np.float32)
         self.lengths = np.maximum(self.tokens.lengths[self.first], self.tokens.lengths[self.second])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
@@ -164,7 +295,7 @@ class DropoutViews(Dataset):
 
     def __init__(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self.tokenizer = tokenizer
-        self.tokens = tokenize(table, SENTENCES, tokenizer, max_length)
+        self.tokens = training_tokens(table, SENTENCES, tokenizer, max_length)
         self.lengths = self.tokens.lengths
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
@@ -190,7 +321,7 @@ class MaskedViews(Dataset):
             raise InputError("--method mirror: the model's tokenizer has no mask token; use --method simcse")
         self.texts = table["sentence"]
         self.tokenizer, self.max_length, self.span, self.seed = tokenizer, max_length, span, seed
-        self.lengths = tokenize(table, SENTENCES, tokenizer, max_length).lengths
+        self.lengths = training_tokens(table, SENTENCES, tokenizer, max_length).lengths
         self.epoch = 0
 
     def mask_span(self, text: str, index: int) -> str:

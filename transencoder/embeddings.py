@@ -1,5 +1,6 @@
 """Sentences -> unit vectors: on disk, memory-mapped, for many; at once for a few."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -11,8 +12,8 @@ from transformers import AutoConfig
 from transencoder.data import tokenize
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.engines import autocast
+from transencoder.inference import each_part
 from transencoder.parts import Parts
-from transencoder.scoring import each_part
 from transencoder.tables import SENTENCES
 
 TEXTS_AT_ONCE = 64  # of a few texts that are not worth sorting by length
@@ -37,18 +38,38 @@ def embed(
     Returns:
         float32 [sentences, d], memory-mapped, d being the sum of the encoders' dimensions.
     """
+    encoders = (load_encoder(name, pooling).to(accelerator.device).eval() for name in names)
     widths = [AutoConfig.from_pretrained(name).hidden_size for name in names]
+    titles = [f"Encoding with {Path(name).name}" for name in names]
+    return write_vectors(encoders, widths, sentences, path, accelerator, batch_tokens, parts, titles)
+
+
+def write_vectors(
+    encoders: Iterable[BiEncoder],
+    widths: list[int],
+    sentences: datasets.Dataset,
+    path: Path,
+    accelerator: Accelerator,
+    batch_tokens: int | None,
+    parts: Parts,
+    titles: list[str],
+) -> np.ndarray:
+    """As `embed`, with encoders that are loaded already, or while one goes through them.
+
+    Args:
+        widths: the encoders' dimensions.
+        titles: what the progress bars say.
+    """
     target, column = None, 0
     if accelerator.is_main_process:
         shape = (len(sentences), sum(widths))
         target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for number, (name, width) in enumerate(zip(names, widths, strict=True)):
-        encoder = load_encoder(name, pooling).to(accelerator.device).eval()
+    for number, (encoder, width, title) in enumerate(zip(encoders, widths, titles, strict=True)):
         tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
-        row, title = 0, f"Encoding with {Path(name).name}"
+        row = 0
         for part in each_part(encoder, tokens, accelerator, batch_tokens, title, parts, f"{path.stem}-{number}"):
             if target is not None:
-                target[row : row + len(part), column : column + width] = unit(part) / np.sqrt(len(names))
+                target[row : row + len(part), column : column + width] = unit(part) / np.sqrt(len(widths))
             row += len(part)
         column += width
     if target is not None:

@@ -1,10 +1,16 @@
 """What two sentences have in common as strings: a teacher that needs no training."""
 
+import tempfile
+from collections import Counter
+from pathlib import Path
+
 import datasets
 import numpy as np
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from transencoder.data import unique_sentences
+from transencoder.tables import BLOCK_ROWS, blocks, cache_folder
 
 NGRAMS = (2, 4)  # characters, inside words: word forms and spellings of one word share most of them
 
@@ -12,16 +18,66 @@ NGRAMS = (2, 4)  # characters, inside words: word forms and spellings of one wor
 def lexical_scores(pairs: datasets.Dataset) -> np.ndarray:
     """Cosine of the sentences' TF-IDF vectors over character n-grams; the n-grams' weights come from the pairs.
 
+    The vectors lie on disk while they are needed; in memory are the n-grams, and a few bytes for each pair.
+
     Args:
         pairs: columns sentence1 and sentence2.
     Returns:
         float32 [pairs], in [0, 1].
     """
     sentences, (first, second) = unique_sentences(pairs)
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=NGRAMS, dtype=np.float32)
-    try:
-        vectors = vectorizer.fit_transform(sentences["sentence"])
-    except ValueError:  # no sentence has two characters
-        return np.zeros(len(pairs), dtype=np.float32)
-    cosines = vectors[first].multiply(vectors[second]).sum(axis=1)
-    return np.asarray(cosines, dtype=np.float32).ravel().clip(0.0, 1.0)
+    scores = np.zeros(len(pairs), dtype=np.float32)
+    vectorizer = _fitted(sentences)
+    if vectorizer is None:  # no sentence has two characters
+        return scores
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        vectors = SparseRows(vectorizer, sentences, Path(folder))
+        for start in range(0, len(pairs), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            cosines = vectors.at(first[rows]).multiply(vectors.at(second[rows])).sum(axis=1)
+            scores[rows] = np.asarray(cosines).ravel()
+    return scores.clip(0.0, 1.0)
+
+
+def _fitted(sentences: datasets.Dataset) -> TfidfVectorizer | None:
+    """What `TfidfVectorizer.fit` gives, but without a matrix of all sentences; None if there is no n-gram at all."""
+    settings = dict(analyzer="char_wb", ngram_range=NGRAMS, dtype=np.float32)
+    analyze, counts = TfidfVectorizer(**settings).build_analyzer(), Counter()
+    for _, block in blocks(sentences):
+        for text in block["sentence"].to_pylist():
+            counts.update(set(analyze(text)))
+    if not counts:
+        return None
+    ngrams = sorted(counts)
+    vectorizer = TfidfVectorizer(**settings, vocabulary=ngrams)
+    found_in = np.array([counts[ngram] for ngram in ngrams])
+    vectorizer.idf_ = np.log((1 + len(sentences)) / (1 + found_in)) + 1
+    return vectorizer
+
+
+class SparseRows:
+    """A sparse vector for each sentence, memory-mapped.
+
+    Args:
+        sentences: column sentence.
+        folder: for two files.
+    """
+
+    def __init__(self, vectorizer: TfidfVectorizer, sentences: datasets.Dataset, folder: Path):
+        self._width = len(vectorizer.vocabulary_)
+        sizes, paths = [np.zeros(1, dtype=np.int64)], (folder / "columns", folder / "values")
+        with paths[0].open("wb") as columns, paths[1].open("wb") as values:
+            for _, block in blocks(sentences):
+                matrix = vectorizer.transform(block["sentence"].to_pylist())
+                matrix.indices.astype(np.int32).tofile(columns)
+                matrix.data.astype(np.float32).tofile(values)
+                sizes.append(np.diff(matrix.indptr).astype(np.int64))
+        self._ends = np.cumsum(np.concatenate(sizes))
+        self._columns, self._values = np.memmap(paths[0], np.int32, "r"), np.memmap(paths[1], np.float32, "r")
+
+    def at(self, rows: np.ndarray) -> csr_matrix:
+        """The vectors of `rows`: float32 [rows, n-grams]."""
+        starts, sizes = self._ends[rows], self._ends[rows + 1] - self._ends[rows]
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], sizes)
+        return csr_matrix((self._values[places], self._columns[places], ends), shape=(len(rows), self._width))

@@ -4,7 +4,6 @@ Everything goes block by block. What grows with the number of sentences lies on 
 (the keys that find repeats) and for each sentence (where it lies in the files).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate import Accelerator
 
 from transencoder.arguments import DEFAULT_MIX, MiningArguments
@@ -24,7 +22,7 @@ from transencoder.files import write_file
 from transencoder.neighbours import LexicalIndex, search_vectors, vector_index
 from transencoder.parts import Parts
 from transencoder.runtime import log, progress_bar
-from transencoder.scoring import FACTS
+from transencoder.scoring import write_tables
 from transencoder.tables import PAIRS
 
 PAIRS_PER_SENTENCE = 4  # unless the number of pairs is given
@@ -327,23 +325,6 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
     parts.remove()
     log(f"{output}: {rows} pairs")
-
-
-def write_tables(path: Path, tables: Iterator[pa.Table], facts: dict) -> int:
-    """Write tables of one schema as the row groups of a Parquet file, atomically; returns how many rows there are."""
-    first = next(tables)
-    schema, rows = first.schema.with_metadata({FACTS: json.dumps(facts)}), len(first)
-
-    def write(stream) -> None:
-        nonlocal rows
-        with pq.ParquetWriter(stream, schema) as writer:
-            writer.write_table(first.replace_schema_metadata(schema.metadata))
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
-                rows += len(table)
-
-    write_file(path, write)
-    return rows
 
 
 def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> None:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -16,25 +16,21 @@ from accelerate import Accelerator
 from torch import nn
 
 from transencoder.arguments import LabelArguments
-from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique_sentences
+from transencoder.data import tokenize, turned, unique_sentences
+from transencoder.embeddings import unit, write_vectors
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
-from transencoder.engines import autocast
 from transencoder.errors import InputError
 from transencoder.files import code_version, difference, identity, write_file
 from transencoder.hub_tables import COMMITS
-from transencoder.interruption import StopSignal, stop_here
+from transencoder.inference import each_part, run_sharded
 from transencoder.lexical import lexical_scores
 from transencoder.parts import Parts
 from transencoder.pools import is_ordered, read_pool
-from transencoder.runtime import progress_bar
 from transencoder.soundness import check_no_labels, check_scores
-from transencoder.tables import PAIRS, SENTENCES, read_pairs
+from transencoder.tables import PAIRS, SENTENCES, blocks, numbers, read_pairs, release_pages
 from transencoder.tasks import Task
 
-# Tokens in a forward pass, unless somebody says another number: a processor is fastest where a layer's states stay in
-# its cache, a GPU where there is enough to do.
-BATCH_TOKENS, PROCESSOR_BATCH_TOKENS = 16384, 2048
-COSINE_ROWS = 65536  # pairs whose embeddings are gathered at a time
+COSINE_ROWS = 8192  # pairs whose embeddings are gathered at a time
 FACTS = b"transencoder"  # key of the Parquet metadata that says where scores come from
 
 
@@ -52,79 +48,6 @@ class PreparedPairs:
             self.tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
         else:
             self.tokens = tokenize(pairs, PAIRS, encoder.tokenizer, encoder.max_length)
-
-
-def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Row indices, longest first, cut so that rows x longest row stays within `batch_tokens` (at least one row)."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // int(lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
-
-
-@torch.inference_mode()
-def run_sharded(
-    model: nn.Module,
-    encoder: BiEncoder | CrossEncoder,
-    tokens: TokenRows,
-    rows: np.ndarray,
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    title: str,
-) -> torch.Tensor:
-    """The model's output for `rows`, on every process: float32 [rows] or [rows, d].
-
-    Every process runs the same number of forward passes (a short process repeats its last batch and drops the result),
-    as sharded models need; the parts are put together by a sum over processes, each row being filled by one of them.
-    """
-    if batch_tokens is None:
-        batch_tokens = PROCESSOR_BATCH_TOKENS if accelerator.device.type == "cpu" else BATCH_TOKENS
-    batches = list(token_batches(tokens.lengths[rows], batch_tokens))
-    rounds = -(-len(batches) // accelerator.num_processes)
-    filled: torch.Tensor | None = None
-    bar = progress_bar(accelerator, rounds, title)
-    for round_ in range(rounds):
-        mine = round_ * accelerator.num_processes + accelerator.process_index
-        batch = batches[min(mine, len(batches) - 1)]
-        inputs = pad(tokens, rows[batch], encoder.tokenizer)
-        with autocast(accelerator):
-            outputs = model(**{name: value.to(accelerator.device) for name, value in inputs.items()})
-        if filled is None:
-            filled = torch.zeros((len(rows), *outputs.shape[1:]), dtype=torch.float32, device=outputs.device)
-        if mine < len(batches):
-            filled[torch.from_numpy(batch).to(filled.device)] = outputs
-        bar.update()
-    bar.close()
-    return accelerator.reduce(filled, "sum") if accelerator.num_processes > 1 else filled
-
-
-def each_part(
-    model: nn.Module,
-    tokens: TokenRows,
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    title: str,
-    parts: Parts,
-    name: str,
-) -> Iterator[np.ndarray]:
-    """`run_sharded` for all rows, part by part: each is kept on disk when it is done, and never computed again.
-
-    A signal to stop is obeyed at the end of a part.
-    """
-    starts = range(0, len(tokens), parts.rows)
-    with StopSignal() as stop:
-        for number, start in enumerate(starts):
-            rows = np.arange(start, min(start + parts.rows, len(tokens)))
-            part = parts.load(name, number, len(rows))
-            if part is None:
-                where = f"{title} ({number + 1} of {len(starts)})" if len(starts) > 1 else title
-                part = run_sharded(model, model, tokens, rows, accelerator, batch_tokens, where).cpu().numpy()
-                parts.save(name, number, part)
-                if number + 1 < len(starts) and stop.on_any_process(accelerator):
-                    stop_here(accelerator, f"part {number + 1} of {len(starts)} ({title})")
-            yield part
 
 
 def score_prepared(
@@ -162,13 +85,57 @@ def as_scores(encoder: BiEncoder | CrossEncoder, prepared: PreparedPairs, output
     """
     if encoder.kind == "cross":
         return outputs.sigmoid().cpu().numpy()
-    embeddings = torch.nn.functional.normalize(outputs, dim=-1)
-    first, second = torch.from_numpy(prepared.first), torch.from_numpy(prepared.second)
-    cosines = [
-        (embeddings[first[rows]] * embeddings[second[rows]]).sum(-1).cpu()
-        for rows in torch.arange(prepared.size).split(COSINE_ROWS)
-    ]
-    return torch.cat(cosines).numpy()
+    return cosines(unit(outputs.cpu().numpy()), prepared.first, prepared.second)
+
+
+def cosines(vectors: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of vectors, block by block.
+
+    Args:
+        vectors: float32 [sentences, d], of unit length; may be memory-mapped.
+        first, second: int [pairs], rows of `vectors`.
+    Returns:
+        float32 [pairs].
+    """
+    found = np.empty(len(first), dtype=np.float32)
+    for start in range(0, len(found), COSINE_ROWS):
+        rows = slice(start, start + COSINE_ROWS)
+        if isinstance(vectors, np.memmap):
+            release_pages()
+        found[rows] = (vectors[first[rows]] * vectors[second[rows]]).sum(axis=1)
+    return found
+
+
+def score_in_parts(
+    encoder: BiEncoder | CrossEncoder,
+    pairs: datasets.Dataset,
+    accelerator: Accelerator,
+    batch_tokens: int | None,
+    parts: Parts,
+    label: str,
+    title: str,
+) -> np.ndarray:
+    """As `score_prepared`, for any number of pairs: in memory is a number for each, all else lies on disk.
+
+    Args:
+        parts: where what is done is kept, under the name `label`, and a bi-encoder's embeddings.
+    """
+    if encoder.kind == "bi":
+        sentences, places = unique_sentences(pairs)
+        path = parts.folder / f"{label}.vec"
+        widths = [encoder.backbone.config.hidden_size]
+        vectors = write_vectors([encoder], widths, sentences, path, accelerator, batch_tokens, parts, [title])
+        scores = cosines(vectors, *places)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            path.unlink()
+        return scores
+    tokens = tokenize(pairs, PAIRS, encoder.tokenizer, encoder.max_length)
+    scores, row = np.empty(len(pairs), dtype=np.float32), 0
+    for part in each_part(encoder, tokens, accelerator, batch_tokens, title, parts, label):
+        scores[row : row + len(part)] = torch.from_numpy(part).sigmoid()
+        row += len(part)
+    return scores
 
 
 @dataclass
@@ -217,13 +184,11 @@ def score_with(
         for total, pairs in zip(totals, sets, strict=True):
             orders = [pairs, turned(pairs)] if teachers.both_orders and encoder.kind == "cross" else [pairs]
             for turn, order in enumerate(orders):
-                prepared = PreparedPairs(encoder, order)
                 if parts is None:
-                    scores = score_prepared(encoder, prepared, accelerator, batch_tokens, title)
+                    scores = score_prepared(encoder, PreparedPairs(encoder, order), accelerator, batch_tokens, title)
                 else:
                     label = f"encoder-{number}-{turn}"
-                    done = each_part(encoder, prepared.tokens, accelerator, batch_tokens, title, parts, label)
-                    scores = as_scores(encoder, prepared, torch.cat([torch.from_numpy(part) for part in done]))
+                    scores = score_in_parts(encoder, order, accelerator, batch_tokens, parts, label, title)
                 check_scores(name, scores)
                 total += share / len(orders) * scores
     weight = teachers.lexical_weight
@@ -234,11 +199,30 @@ def score_with(
 
 def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, facts: dict[str, Any]) -> None:
     """Write sentence1, sentence2 and score (float32) as Parquet, atomically; `facts` go into the file's metadata."""
-    names = [*PAIRS, "score"]
-    table = pa.table(
-        [pa.chunked_array(in_order(pairs).data.column(name).chunks) for name in PAIRS] + [scores], names=names
-    )
-    write_file(path, lambda stream: pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), stream))
+
+    def tables() -> Iterator[pa.Table]:
+        for start, block in blocks(pairs):
+            columns = [block[name] for name in PAIRS]
+            yield pa.table([*columns, scores[start : start + len(block)]], names=[*PAIRS, "score"])
+
+    write_tables(path, tables(), facts)
+
+
+def write_tables(path: Path, tables: Iterator[pa.Table], facts: dict[str, Any]) -> int:
+    """Write tables of one schema as the row groups of a Parquet file, atomically; returns how many rows there are."""
+    first = next(tables)
+    schema, rows = first.schema.with_metadata({FACTS: json.dumps(facts)}), len(first)
+
+    def write(stream: BinaryIO) -> None:
+        nonlocal rows
+        with pq.ParquetWriter(stream, schema) as writer:
+            writer.write_table(first.replace_schema_metadata(schema.metadata))
+            for table in tables:
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+                rows += len(table)
+
+    write_file(path, write)
+    return rows
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
@@ -295,7 +279,7 @@ def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> data
         check_encoders(arguments.teachers, None)
         return read_pool(arguments, drop_duplicates=True)
     pairs = read_pairs([arguments.scores], "score", arguments.columns)
-    scores = np.asarray(pairs["score"])
+    scores = numbers(pairs, "score")
     (outside,) = np.nonzero(np.abs(scores) > 1 + 1e-5)
     if len(outside):
         row = outside[0]

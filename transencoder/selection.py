@@ -13,7 +13,7 @@ from scipy import stats
 
 from transencoder.arguments import LabelArguments, TrainingArguments
 from transencoder.errors import InputError
-from transencoder.tables import PAIRS
+from transencoder.tables import PAIRS, row_hashes
 from transencoder.tasks import Task
 
 
@@ -63,19 +63,24 @@ def agreement(first: Path, second: Path) -> float:
     Raises:
         InputError: a file that is not one of scores, or files of different pairs.
     """
-    tables = [_read_scores(path) for path in (first, second)]
-    if any(tables[0][name] != tables[1][name] for name in PAIRS):
+    scores, pairs = zip(*(_read_scores(path) for path in (first, second)), strict=True)
+    if not np.array_equal(*pairs):
         raise InputError(f"{second}: not the pairs of {first}, in the same order")
-    scores = [table["score"].to_numpy() for table in tables]
     if any(np.ptp(values) == 0 for values in scores):
         return math.nan
     return float(stats.spearmanr(*scores).statistic)
 
 
-def _read_scores(path: Path) -> pa.Table:
+def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of a file, float [pairs], and for each pair the number by which it is known, uint64 [pairs]."""
+    scores, pairs = [], []
     try:
-        return pq.read_table(path, columns=[*PAIRS, "score"])
-    except (OSError, pa.ArrowException) as error:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=[*PAIRS, "score"]):
+                scores.append(batch["score"].to_numpy())
+                pairs.append(row_hashes(pa.table(batch).select(PAIRS)))
+        return np.concatenate(scores), np.concatenate(pairs)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"{path}: not a file of scores, as score_pairs.py writes them") from error
 
 
