@@ -240,6 +240,8 @@ def worker(arguments: argparse.Namespace) -> None:
     import sentence_transformers  # noqa: F401
     import transformers  # noqa: F401
 
+    import transencoder.training  # noqa: F401
+
     (side, work), folder = arguments.worker, Path(os.environ["COMPARE_FOLDER"])
     jobs = jobs_of(work, arguments, folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

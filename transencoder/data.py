@@ -120,7 +120,9 @@ def _encoding(
         names.append("token_type_ids")
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+        texts = (batch[column] for column in columns)
+        wanted = dict(return_attention_mask=False, return_token_type_ids="token_type_ids" in names)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, **wanted)
         return {name: encoded[name] for name in names}
 
     return names, encode

@@ -15,8 +15,7 @@ ATTENTION_ENDS = {
     "mpnet": "attention.LayerNorm",
 }
 # Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-MIB = 1 << 20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def read_first_token_only(backbone: PreTrainedModel) -> None:
@@ -71,4 +70,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 64 * MIB)
