@@ -335,6 +335,7 @@ SCRIPTS: dict[str, list[str]] = {
         *("--bi_encoder", "{model}", "--cross_encoder", "{model}"),
         *("--sentences", "{odd}", "--output", "{out}/x.csv"),
     ],
+    "demo.py": ["--run", "{odd}"],
     "plan_run.py": ["--recipe", "{odd}", "--output_dir", "{out}"],
     "summarize_run.py": ["{odd}"],
     "compare_scores.py": ["{odd}", "{odd}"],

@@ -11,10 +11,10 @@ from conftest import ROOT
 
 from transencoder.arguments import STAGES
 from transencoder.runtime import log_next, progress_bar
-from transencoder.tool_arguments import DuplicatesArguments, SearchArguments
+from transencoder.tool_arguments import DemoArguments, DuplicatesArguments, SearchArguments
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-ARGUMENTS = {**STAGES, "search": SearchArguments, "find_duplicates": DuplicatesArguments}
+ARGUMENTS = {**STAGES, "search": SearchArguments, "find_duplicates": DuplicatesArguments, "demo": DemoArguments}
 
 
 @pytest.fixture

@@ -98,3 +98,14 @@ def run_on_texts(encoder: BiEncoder | CrossEncoder, *columns: list[str], acceler
             outputs.append(encoder(**inputs.to(accelerator.device)).float().cpu())
     joined = torch.cat(outputs)
     return joined.sigmoid().numpy() if encoder.kind == "cross" else unit(joined.numpy())
+
+
+def score_texts(
+    encoder: BiEncoder | CrossEncoder, first: list[str], second: list[str], accelerator: Accelerator
+) -> np.ndarray:
+    """Scores of a few pairs: cosines, or a cross-encoder's mean of both orders; float32 [pairs]."""
+    if encoder.kind == "bi":
+        one, other = (run_on_texts(encoder, texts, accelerator=accelerator) for texts in (first, second))
+        return (one * other).sum(axis=1)
+    orders = [run_on_texts(encoder, *pair, accelerator=accelerator) for pair in ((first, second), (second, first))]
+    return np.mean(orders, axis=0)

@@ -6,7 +6,7 @@ INDEX/index.json         which model made it
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from pyarrow import feather
 
 from transencoder import neighbours
-from transencoder.embeddings import embed, run_on_texts
+from transencoder.embeddings import TEXTS_AT_ONCE, embed, run_on_texts, score_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.files import model_identity, read_json, write_folder, write_json
@@ -137,6 +137,24 @@ def _texts(sentences: datasets.Dataset) -> Iterator[pa.Array]:
         yield from batch["sentence"].cast(pa.large_string()).chunks
 
 
+def index_in_memory(
+    sentences: list[str], encoder: BiEncoder, accelerator: Accelerator, seed: int, track: Callable = iter
+) -> SentenceIndex:
+    """An index that is never written: for sentences that are searched once and forgotten.
+
+    Args:
+        sentences: distinct.
+        track: wraps the list of blocks that are encoded one after another, such as in a progress bar.
+    """
+    order = np.argsort([len(sentence) for sentence in sentences], kind="stable")  # so that little is padding
+    vectors: np.ndarray | None = None
+    for rows in track(np.split(order, range(TEXTS_AT_ONCE, len(order), TEXTS_AT_ONCE))):
+        encoded = run_on_texts(encoder, [sentences[row] for row in rows], accelerator=accelerator)
+        vectors = np.empty((len(sentences), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
+        vectors[rows] = encoded
+    return SentenceIndex(grown(None, vectors, seed), pa.table({"sentence": sentences}))
+
+
 def grown(index: faiss.Index | None, vectors: np.ndarray, seed: int) -> faiss.Index:
     """An index with more rows: exact as long as it is small, then in clusters.
 
@@ -186,12 +204,7 @@ class Searcher:
         if not self.cross_encoder:
             return retrieved, retrieved, milliseconds
         started = time.perf_counter()
-        queries = [query] * len(texts)
-        orders = [
-            run_on_texts(self.cross_encoder, *columns, accelerator=self.accelerator)
-            for columns in ((queries, texts), (texts, queries))
-        ]
-        scores = np.mean(orders, axis=0)
+        scores = score_texts(self.cross_encoder, [query] * len(texts), texts, self.accelerator)
         # The mean of both encoders, which are on one scale, is better than either: an ensemble.
         order = np.argsort(-(scores + cosines[0][there]), kind="stable")[:top_k]
         reranked = [Hit(retrieved[i].sentence, retrieved[i].score, float(scores[i])) for i in order]

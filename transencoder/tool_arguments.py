@@ -9,13 +9,11 @@ from transencoder.options import option
 
 
 @dataclass
-class ToolArguments:
-    """What search.py and find_duplicates.py share."""
+class EncoderArguments:
+    """How sentences are read and models are run."""
 
     GROUP = "sentences and encoders"
 
-    bi_encoder: str = option("Bi-encoder that finds candidates: a folder or Hub id.")
-    sentences: list[str] | None = option("Sentences, one a line, or FILE(s) or Hub dataset ids with a column.", None)
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence=question.", None)
     pooling: Literal["cls", "mean"] | None = option(
         "Only for a plain language model, which does not say how it pools.", None
@@ -23,11 +21,21 @@ class ToolArguments:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "Autocast type. auto: bf16 where the hardware computes in it, else fp32.", "auto"
     )
+    seed: int = option("Seed of the index's clusters and of the communities.", 2021)
+
+
+@dataclass
+class ToolArguments(EncoderArguments):
+    """What search.py and find_duplicates.py share."""
+
+    GROUP = EncoderArguments.GROUP
+
+    bi_encoder: str = option("Bi-encoder that finds candidates: a folder or Hub id.")
+    sentences: list[str] | None = option("Sentences, one a line, or FILE(s) or Hub dataset ids with a column.", None)
     eval_batch_tokens: int | None = option(
         "Tokens (padding included) in one forward pass. Default: 16384 on a GPU, else 2048.", None
     )
     shard_rows: int = option("Sentences encoded before what is done is kept on disk.", 65536)
-    seed: int = option("Seed of the index's clusters and of the communities.", 2021)
 
 
 @dataclass
@@ -64,6 +72,32 @@ class DuplicatesArguments(ToolArguments):
     output: str = option("CSV file to write: cluster, size, score, sentence.")
     neighbours: int = option("Nearest neighbours of each sentence that are looked at.", 20)
     threshold: float = option("Least mean of both encoders' scores, 0 to 1, at which two sentences are one.", 0.85)
+
+
+@dataclass
+class DemoArguments(EncoderArguments):
+    """A page to try models on."""
+
+    GROUP = "the page"
+
+    run: str | None = option(
+        "Folder of a finished run of run_transencoder.sh: its start and its best models. Options below win. Default: "
+        "the models that are named one by one.",
+        None,
+    )
+    bi_encoder: str | None = option("Trained bi-encoder: a folder or Hub id. Default: the best of --run.", None)
+    cross_encoder: str | None = option(
+        "Trained cross-encoder: a folder or Hub id. Default: the best of --run, else none.", None
+    )
+    start: str | None = option(
+        "Bi-encoder to compare with, a folder or Hub id. Default: what --run began with, else none.", None
+    )
+    sentences: list[str] | None = option(
+        "FILE(s) of sentences that can be searched at once. Default: those that are uploaded on the page.", None
+    )
+    candidates: int = option("Sentences that the bi-encoder finds for the cross-encoder to re-rank.", 50)
+    host: str = option("Address to listen at. 0.0.0.0: open to all who reach this machine.", "127.0.0.1")
+    port: int = option("Port to listen at.", 7860)
 
 
 def parse_tool(arguments: type, description: str | None) -> Any:
