@@ -27,10 +27,10 @@ from transencoder.lexical import lexical_scores
 from transencoder.parts import Parts
 from transencoder.pools import is_ordered, read_pool
 from transencoder.soundness import check_no_labels, check_scores
-from transencoder.tables import PAIRS, SENTENCES, blocks, numbers, read_pairs, release_pages
+from transencoder.tables import PAIRS, RANDOM_ROWS, SENTENCES, blocks, numbers, read_pairs, release_pages
 from transencoder.tasks import Task
 
-COSINE_ROWS = 8192  # pairs whose embeddings are gathered at a time
+COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose embeddings are gathered at a time
 FACTS = b"transencoder"  # key of the Parquet metadata that says where scores come from
 
 
