@@ -158,7 +158,7 @@ def test_lexical_scores_of_two_letters_by_hand():
 def test_lexical_scores_do_not_depend_on_the_blocks(monkeypatch):
     pairs = datasets.Dataset.from_list([{n: row[n] for n in ("sentence1", "sentence2")} for row in random_pairs(30)])
     whole = lexical_scores(pairs)
-    monkeypatch.setattr(lexical, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(lexical, "COSINE_ROWS", 7)
     monkeypatch.setattr(tables, "BLOCK_ROWS", 5)
     np.testing.assert_allclose(lexical_scores(pairs), whole, atol=1e-6)
     # ... and are what scikit-learn makes of all sentences at once.

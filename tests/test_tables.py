@@ -596,7 +596,8 @@ def test_repeats_are_found_in_other_blocks(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
-def test_pages_that_are_given_back_can_be_read_again(tmp_path):
+def test_pages_that_are_given_back_can_be_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAPPED_BYTES", 0)
     source = write(tmp_path / "pairs.txt", "".join(f"{i} {'a' * 90}||{i} {'b' * 90}\n" for i in range(20_000)))
     table, process = read_pairs([source]), psutil.Process()
     texts, held = pairs_of(table), process.memory_info().shared

@@ -20,6 +20,7 @@ from transencoder.errors import InputError
 from transencoder.files import write_file
 from transencoder.tables import (
     PAIRS,
+    RANDOM_ROWS,
     SENTENCES,
     blocks,
     cache_folder,
@@ -34,7 +35,6 @@ from transencoder.tables import (
 # Training inputs that are tokenised before the first step, which takes about a minute; more are tokenised batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
 TOKENIZED_ROWS = 1_000_000
-RANDOM_ROWS = 4096  # rows from all over a file after which its pages are given back; each can map 64 KiB
 
 # --- text -> tokens --------------------------------------------------------------------------------------------------
 

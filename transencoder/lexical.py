@@ -10,8 +10,9 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from transencoder.data import unique_sentences
-from transencoder.tables import BLOCK_ROWS, blocks, cache_folder
+from transencoder.tables import RANDOM_ROWS, blocks, cache_folder, release_pages
 
+COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose vectors are gathered at a time
 NGRAMS = (2, 4)  # characters, inside words: word forms and spellings of one word share most of them
 
 
@@ -32,8 +33,9 @@ def lexical_scores(pairs: datasets.Dataset) -> np.ndarray:
         return scores
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         vectors = SparseRows(vectorizer, sentences, Path(folder))
-        for start in range(0, len(pairs), BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
+        for start in range(0, len(pairs), COSINE_ROWS):
+            release_pages()
+            rows = slice(start, start + COSINE_ROWS)
             cosines = vectors.at(first[rows]).multiply(vectors.at(second[rows])).sum(axis=1)
             scores[rows] = np.asarray(cosines).ravel()
     return scores.clip(0.0, 1.0)
@@ -65,7 +67,7 @@ class SparseRows:
 
     def __init__(self, vectorizer: TfidfVectorizer, sentences: datasets.Dataset, folder: Path):
         self._width = len(vectorizer.vocabulary_)
-        sizes, paths = [np.zeros(1, dtype=np.int64)], (folder / "columns", folder / "values")
+        sizes, paths = [np.zeros(1, dtype=np.int64)], (folder / "columns.vec", folder / "values.vec")
         with paths[0].open("wb") as columns, paths[1].open("wb") as values:
             for _, block in blocks(sentences):
                 matrix = vectorizer.transform(block["sentence"].to_pylist())

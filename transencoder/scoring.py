@@ -27,10 +27,19 @@ from transencoder.lexical import lexical_scores
 from transencoder.parts import Parts
 from transencoder.pools import is_ordered, read_pool
 from transencoder.soundness import check_no_labels, check_scores
-from transencoder.tables import PAIRS, SENTENCES, blocks, numbers, read_pairs, release_pages
+from transencoder.tables import (
+    MAPPED_BYTES,
+    PAIRS,
+    RANDOM_ROWS,
+    SENTENCES,
+    blocks,
+    numbers,
+    read_pairs,
+    release_pages,
+)
 from transencoder.tasks import Task
 
-COSINE_ROWS = 8192  # pairs whose embeddings are gathered at a time
+COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose embeddings are gathered at a time
 FACTS = b"transencoder"  # key of the Parquet metadata that says where scores come from
 
 
@@ -100,7 +109,7 @@ def cosines(vectors: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.nd
     found = np.empty(len(first), dtype=np.float32)
     for start in range(0, len(found), COSINE_ROWS):
         rows = slice(start, start + COSINE_ROWS)
-        if isinstance(vectors, np.memmap):
+        if vectors.nbytes > MAPPED_BYTES:  # looking for pages to give back takes as long as many cosines
             release_pages()
         found[rows] = (vectors[first[rows]] * vectors[second[rows]]).sum(axis=1)
     return found

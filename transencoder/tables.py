@@ -37,6 +37,8 @@ FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?$")
 BLOCK_BYTES = 16 << 20
 BLOCK_ROWS = 65_536  # rows of a table that are worked on at a time
+MAPPED_BYTES = 1 << 27  # files up to this size may stay mapped as a whole
+RANDOM_ROWS = 4096  # rows from all over a long file after which its pages are given back; each can map 64 KiB
 LIBC = ctypes.CDLL(None)
 CACHE_VERSION = 2  # raise it when what is written to the cache changes
 
@@ -156,7 +158,7 @@ def blocks(table: datasets.Dataset, rows: int | None = None) -> Iterator[tuple[i
 
 
 def release_pages() -> None:
-    """Give back what this process has mapped of the files of tables, tokens and vectors; they stay open.
+    """Give back what this process has mapped of the long files of tables, tokens and vectors; they stay open.
 
     The system would take these pages back by itself when it needs them. Until then they count as the process's, which
     a limit on its memory may not forgive, and a person who watches it does not either. Linux only; elsewhere nothing.
@@ -169,8 +171,9 @@ def release_pages() -> None:
         if not mapping.endswith((".arrow", ".npy", ".vec")):
             continue
         place, access = mapping.split(maxsplit=2)[:2]
-        if access.startswith("r") and access != "rw-p":  # what a process changes for itself alone is not in the file
-            start, end = (int(address, 16) for address in place.split("-"))
+        start, end = (int(address, 16) for address in place.split("-"))
+        # What a process changes for itself alone ("rw-p") is not in the file.
+        if end - start > MAPPED_BYTES and access.startswith("r") and access != "rw-p":
             LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
