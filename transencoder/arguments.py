@@ -90,8 +90,6 @@ class ContrastiveArguments(TrainingArguments):
     drophead: float = option(
         "Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).", 0.0
     )
-    # Batches of one length would hand InfoNCE negatives that length alone cannot tell apart; step 1 shuffles plainly.
-    length_window: int = option("As in the other stages; 1: plain shuffle.", 1)
 
     METHOD_DEFAULTS = {
         "simcse": dict(learning_rate=3e-5, total_batch_size=64, max_length=32, temperature=0.05, mlp_head=True),
