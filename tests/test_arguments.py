@@ -21,7 +21,7 @@ from transencoder.arguments import (
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
-from transencoder.tool_arguments import DuplicatesArguments, SearchArguments
+from transencoder.tool_arguments import DemoArguments, DuplicatesArguments, SearchArguments
 
 CROSS = ["--model_name_or_path", "bert", "--scores", "s.parquet", "--output_dir", "out"]
 STEP1 = ["--model_name_or_path", "bert", "--sentences", "s.txt", "--output_dir", "out"]
@@ -318,7 +318,11 @@ def test_the_defaults_are_within_the_limits(stage):
 
 def test_every_limit_is_that_of_an_option():
     known = {name for stage in STAGES for name in vars(parse_stage(stage, argv=REQUIRED[stage]))}
-    known |= {field.name for tool in (SearchArguments, DuplicatesArguments) for field in dataclasses.fields(tool)}
+    known |= {
+        field.name
+        for tool in (SearchArguments, DuplicatesArguments, DemoArguments)
+        for field in dataclasses.fields(tool)
+    }
     assert {*LIMITS, *POSITIVE} <= known
 
 
