@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from transencoder.engines import engine_name
-from transencoder.errors import InputError
+from transencoder.errors import BrokenRun, InputError, writing
 from transencoder.files import sha256, write_json
 from transencoder.runtime import log
 
@@ -51,7 +51,12 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            with writing(target):
+                self.accelerator.save_state(str(temporary))
+        except BrokenRun:  # a disk that is full has no room for half a checkpoint
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             files = {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}

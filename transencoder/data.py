@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from transencoder.errors import InputError
+from transencoder.errors import InputError, writing
 from transencoder.tables import PAIRS, SENTENCES, cache_folder, cache_key, local_main_process_first
 
 # --- text -> tokens --------------------------------------------------------------------------------------------------
@@ -72,14 +72,15 @@ def tokenize(
         encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
         return {name: encoded[name] for name in names}
 
-    with local_main_process_first():
+    folder = cache_folder()
+    with local_main_process_first(), writing(folder):
         tokens = table.map(
             encode,
             batched=True,
             batch_size=10_000,
             remove_columns=table.column_names,
             features=datasets.Features({name: types[name] for name in names}),
-            cache_file_name=str(cache_folder() / f"tokens-{fingerprint}.arrow"),
+            cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
             new_fingerprint=fingerprint,
             desc="Tokenizing",
         )

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import transencoder
-from transencoder.errors import InputError
+from transencoder.errors import InputError, storage_error, writing
 from transencoder.hub_tables import COMMITS
 from transencoder.pools import local_files
 
@@ -87,22 +87,28 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and put it in the place of `path`."""
     # Students on several machines may write the same recipe at the same time.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with temporary.open("wb") as stream:
+                write(stream)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder beside `folder`, and put it in the place of `folder`."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with writing(folder):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        except Exception:  # a disk that is full has no room for half a folder
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def move_model(source: Path, target: Path) -> None:
@@ -209,6 +215,7 @@ def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
     content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RUN_FILE, content)
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
+        where = f"--output_dir {folder}"
+        raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
+    write_json(folder / RUN_FILE, content)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from transencoder.errors import writing
 from transencoder.files import write_file, write_json
 from transencoder.runtime import log
 
@@ -32,7 +33,8 @@ class Parts:
         facts = json.loads(json.dumps({**facts, "rows": rows}))
         if accelerator.is_main_process and self._found() != facts:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True)
             write_json(self.folder / FACTS_FILE, facts)
         accelerator.wait_for_everyone()
         done = sum(1 for _ in self.folder.glob("*.npy"))

@@ -19,7 +19,7 @@ from transencoder.arguments import LabelArguments
 from transencoder.data import TokenRows, in_order, pad, tokenize, turned, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
 from transencoder.engines import autocast
-from transencoder.errors import InputError
+from transencoder.errors import InputError, storage_error
 from transencoder.files import code_version, difference, identity, write_file
 from transencoder.hub_tables import COMMITS
 from transencoder.interruption import StopSignal, stop_here
@@ -250,7 +250,8 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(f"--output {path}: cannot be written: {error.strerror}") from error
+        where = f"--output {path}"
+        raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
 
 
 def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") -> bool:

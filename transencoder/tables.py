@@ -25,7 +25,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from accelerate import PartialState
 
-from transencoder.errors import InputError
+from transencoder.errors import InputError, writing
 from transencoder.hub_tables import load_split
 
 SENTENCES = ("sentence",)
@@ -194,7 +194,8 @@ def _through_cache(
 def cache_folder() -> Path:
     """Where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trans-encoder"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -211,16 +212,17 @@ def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], w
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
     schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
     rows = 0
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(_checked(batch, source, rows, schema))
-                rows += batch.num_rows
-        if rows == 0:
-            raise InputError(f"{source}: no rows")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(target.parent):
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(_checked(batch, source, rows, schema))
+                    rows += batch.num_rows
+            if rows == 0:
+                raise InputError(f"{source}: no rows")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _checked(batch: pa.RecordBatch, source: str, rows_before: int, schema: pa.Schema) -> pa.RecordBatch:
