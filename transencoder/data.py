@@ -1,7 +1,10 @@
 """Turning checked tables into tokens, and tokens into batches. Tokens are made once and kept memory-mapped."""
 
+import contextlib
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -74,6 +77,7 @@ def tokenize(
 
     folder = cache_folder()
     with local_main_process_first(), writing(folder):
+        _remove_old_temporaries(folder)
         tokens = table.map(
             encode,
             batched=True,
@@ -85,6 +89,14 @@ def tokenize(
             desc="Tokenizing",
         )
     return TokenRows(tokens)
+
+
+def _remove_old_temporaries(folder: Path) -> None:
+    """Delete what `datasets` was writing, under names without meaning, when its process was killed a day ago."""
+    for path in folder.glob("tmp????????"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
 
 
 def pad(tokens: TokenRows, indices: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:

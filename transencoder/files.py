@@ -15,9 +15,10 @@ import torch
 import transformers
 
 import transencoder
-from transencoder.errors import InputError, storage_error, writing
+from transencoder.errors import InputError, is_first_process, storage_error, writing
 from transencoder.hub_tables import COMMITS
 from transencoder.pools import local_files
+from transencoder.processes import lock, remove_abandoned, unlock
 
 RUN_FILE = "run.json"
 # These change how a run goes, not what comes out of it.
@@ -86,7 +87,8 @@ def write_text(path: Path, text: str) -> None:
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and put it in the place of `path`."""
     # Students on several machines may write the same recipe at the same time.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    host = socket.gethostname()
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with temporary.open("wb") as stream:
@@ -94,6 +96,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+    remove_abandoned(path.parent, f".{path.name}.{host}.*.tmp")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -208,7 +211,10 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
 
 
 def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
-    """Record what makes the output folder. `status`: "running", or "complete", which is written last of all."""
+    """Record what makes the output folder. `status`: "running", or "complete", which is written last of all.
+
+    Between the two the first process has the folder's lock.
+    """
     folder = Path(arguments.output_dir)
     facts |= {"hub_datasets": dict(COMMITS)} if COMMITS else {}
     versions = {"transencoder": code_version(), "torch": torch.__version__, "transformers": transformers.__version__}
@@ -218,4 +224,8 @@ def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
     except OSError as error:
         where = f"--output_dir {folder}"
         raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
+    if is_first_process():
+        lock(folder)
     write_json(folder / RUN_FILE, content)
+    if status == "complete":
+        unlock(folder)

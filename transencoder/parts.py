@@ -14,13 +14,14 @@ from accelerate import Accelerator
 
 from transencoder.errors import writing
 from transencoder.files import write_file, write_json
+from transencoder.processes import lock, unlock
 from transencoder.runtime import log
 
 FACTS_FILE = "facts.json"
 
 
 class Parts:
-    """A folder of parts; those of another scoring are thrown away.
+    """A folder of parts; those of another scoring are thrown away. The first process has the output's lock meanwhile.
 
     Args:
         output: the file that the parts will become.
@@ -30,6 +31,9 @@ class Parts:
 
     def __init__(self, output: Path, facts: dict[str, Any], rows: int, accelerator: Accelerator):
         self.folder, self.rows, self.accelerator = output.with_name(f".{output.name}.parts"), rows, accelerator
+        self.output = output
+        if accelerator.is_main_process:
+            lock(output)
         facts = json.loads(json.dumps({**facts, "rows": rows}))
         if accelerator.is_main_process and self._found() != facts:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -70,6 +74,7 @@ class Parts:
         """Once the output is there."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder)
+            unlock(self.output)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.part-{number}.npy"

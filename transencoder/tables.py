@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from accelerate import PartialState
 
 from transencoder.errors import InputError, writing
 from transencoder.hub_tables import load_split
+from transencoder.processes import remove_abandoned
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
@@ -209,7 +211,9 @@ def parse_renaming(columns: list[str] | None) -> dict[str, str]:
 
 def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], wanted: tuple[str, ...]) -> None:
     """Write checked `batches` to `target` by way of a temporary name."""
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    # The name of the machine, since the cache may be shared.
+    host = socket.gethostname()
+    temporary = target.with_suffix(f".{host}.{os.getpid()}.tmp")
     schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
     rows = 0
     with writing(target.parent):
@@ -223,6 +227,7 @@ def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], w
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+    remove_abandoned(target.parent, f"{target.stem}.{host}.*.tmp")
 
 
 def _checked(batch: pa.RecordBatch, source: str, rows_before: int, schema: pa.Schema) -> pa.RecordBatch:

@@ -28,6 +28,7 @@ from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, move_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
+from transencoder.processes import lock
 from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by
 from transencoder.soundness import LossWatch, broken_weights
@@ -119,6 +120,8 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
         sys.exit(0)
     accelerator = start(arguments)
     if arguments.overwrite and accelerator.is_main_process:
+        if Path(arguments.output_dir).exists():
+            lock(Path(arguments.output_dir))
         shutil.rmtree(Path(arguments.output_dir) / "checkpoints", ignore_errors=True)
     accelerator.wait_for_everyone()
     check_resumable(arguments.output_dir, accelerator)
@@ -353,7 +356,7 @@ class Trainer:
             self.checkpoints.save(step, self.progress.best_step)
         if stopping:
             self.bar.close()
-            stop_here(self.accelerator, f"step {step} of {self.total_steps}")
+            stop_here(self.accelerator, stop, f"step {step} of {self.total_steps}")
 
     def finish(self) -> None:
         """Move the kept checkpoint to where it belongs."""
