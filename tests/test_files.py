@@ -16,7 +16,7 @@ import pytest
 import transencoder
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
-from transencoder.files import RUN_FILE, claim, difference, identity, move_model, write_folder, write_json, write_run
+from transencoder.files import RUN_FILE, claim, difference, identity, place_model, write_folder, write_json, write_run
 from transencoder.scoring import check_output, read_label_pairs, scores_are_there, token_batches, write_scores
 from transencoder.tables import read_pairs
 
@@ -85,32 +85,35 @@ def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
     for name in bi + others:
         (target / name).write_text("bi")
     (target / "runs").mkdir()
-    move_model(source, target)
+    place_model(source, target)
     assert names(target) == sorted(["config.json", "model.safetensors", "tokenizer.json", "runs", *others])
     assert (target / "config.json").read_text() == (target / "tokenizer.json").read_text() == "cross"
-    assert names(source) == []
 
 
-def test_a_model_is_moved_into_an_empty_folder(tmp_path):
+def test_a_model_is_placed_into_an_empty_folder(tmp_path):
     for name in ("source", "target"):
         (tmp_path / name).mkdir()
     (tmp_path / "source" / "config.json").touch()
-    move_model(tmp_path / "source", tmp_path / "target")
+    place_model(tmp_path / "source", tmp_path / "target")
     assert names(tmp_path / "target") == ["config.json"]
 
 
-def test_moving_into_a_folder_replaces_what_has_the_same_name(tmp_path):
+def test_placing_into_a_folder_replaces_what_has_the_same_name(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     for folder, text in ((source, "new"), (target, "old")):
         (folder / "1_Pooling").mkdir(parents=True)
         (folder / "1_Pooling" / text).touch()
         (folder / "config.json").write_text(text)
         (folder / f"{text}.txt").touch()
-    move_model(source, target)
+    place_model(source, target)
     assert names(target) == ["1_Pooling", "config.json", "new.txt", "old.txt"]
     assert names(target / "1_Pooling") == ["new"]
     assert (target / "config.json").read_text() == "new"
-    assert names(source) == []
+    # Again, where the first time was cut off: the source still has it all.
+    (target / "config.json").unlink()
+    place_model(source, target)
+    assert (target / "config.json").read_text() == (source / "config.json").read_text() == "new"
+    assert names(target / "1_Pooling") == ["new"]
 
 
 # --- whose output folder it is ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/checkpoints/step-000400/    what Accelerate saves (model, optimizer, schedule, random states, progress)
                                        and manifest.json: every file's size and SHA-256
-OUTPUT_DIR/checkpoints/best-000200/    the model with the best score so far; later moved to OUTPUT_DIR
+OUTPUT_DIR/checkpoints/best-000200/    the model with the best score so far, which OUTPUT_DIR gets in the end
 """
 
 import json
@@ -110,6 +110,11 @@ class Checkpoints:
         for path in self.folder.glob("best-*"):
             if int(path.name.rpartition("-")[2]) not in needed:
                 shutil.rmtree(path)
+
+
+def remove_checkpoints(output_dir: str) -> None:
+    """Delete the checkpoints of a training that is over, or is to begin anew."""
+    shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)
 
 
 def check_resumable(output_dir: str, accelerator: Accelerator) -> None:

@@ -114,12 +114,24 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             raise
 
 
-def move_model(source: Path, target: Path) -> None:
-    """Move the saved model in `source` into the folder `target`, in the place of the one that may be there."""
+def place_model(source: Path, target: Path) -> None:
+    """Put the saved model in `source` into the folder `target`, in the place of the one that may be there.
+
+    `source` keeps it, so that a process that is killed in between can do the same again; the weights' bytes are shared
+    where the file system can do that.
+    """
     for old in (path for pattern in MODEL_FILES for path in target.glob(pattern)):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for item in source.iterdir():
-        os.replace(item, target / item.name)
+    with writing(target):
+        shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # such as FAT, or a network's
+        shutil.copy2(source, target)
 
 
 def identity(arguments: Any) -> dict[str, Any]:

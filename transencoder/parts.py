@@ -30,7 +30,7 @@ class Parts:
     """
 
     def __init__(self, output: Path, facts: dict[str, Any], rows: int, accelerator: Accelerator):
-        self.folder, self.rows, self.accelerator = output.with_name(f".{output.name}.parts"), rows, accelerator
+        self.folder, self.rows, self.accelerator = _folder(output), rows, accelerator
         self.output = output
         if accelerator.is_main_process:
             lock(output)
@@ -78,3 +78,12 @@ class Parts:
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.part-{number}.npy"
+
+
+def remove_parts(output: Path) -> None:
+    """Delete the parts of an output that is whole."""
+    shutil.rmtree(_folder(output), ignore_errors=True)
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.parts")

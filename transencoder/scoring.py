@@ -24,7 +24,7 @@ from transencoder.files import code_version, difference, identity, write_file
 from transencoder.hub_tables import COMMITS
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.lexical import lexical_scores
-from transencoder.parts import Parts
+from transencoder.parts import Parts, remove_parts
 from transencoder.pools import is_ordered, read_pool
 from transencoder.runtime import progress_bar
 from transencoder.soundness import check_no_labels, check_scores
@@ -274,6 +274,7 @@ def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") ->
     changed = difference(found, json.loads(json.dumps(facts)))
     if changed:
         raise InputError(f"--output {path}: holds other {what} ({changed}); choose another name or add --overwrite")
+    remove_parts(path)  # a kill may have come in between
     return True
 
 
