@@ -133,11 +133,22 @@ def test_a_complete_run_is_done_and_an_interrupted_one_is_not(tmp_path):
     write_run(run_arguments(tmp_path), STAGE, "running")
     assert claim(run_arguments(tmp_path), STAGE) is False
     write_run(run_arguments(tmp_path), STAGE, "complete")
+    (tmp_path / "model.safetensors").touch()
     assert claim(run_arguments(tmp_path), STAGE) is True
+
+
+def test_a_complete_run_whose_result_was_deleted_is_made_again(tmp_path):
+    for stage, result in ((STAGE, None), ("evaluate_encoders", "results.json")):
+        folder, name = tmp_path / stage, result or "model-00001-of-00002.safetensors"
+        write_run(run_arguments(folder), stage, "complete")
+        assert claim(run_arguments(folder), stage, result) is False
+        (folder / name).touch()
+        assert claim(run_arguments(folder), stage, result) is True
 
 
 def test_what_does_not_change_the_result_may_differ(tmp_path):
     write_run(run_arguments(tmp_path, recipe="a.yaml", report_to="none", micro_batch_size=8), STAGE, "complete")
+    (tmp_path / "model.safetensors").touch()
     assert claim(run_arguments(tmp_path, report_to="all", micro_batch_size=4, eval_batch_tokens=99), STAGE) is True
     link = tmp_path.with_name(f"{tmp_path.name}-link")
     link.symlink_to(tmp_path)
@@ -285,6 +296,7 @@ def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec):
     source.write_text("one")
     arguments = run_arguments(tmp_path / "out", dev=spec.format(source))
     write_run(arguments, STAGE, status)
+    (tmp_path / "out" / "model.safetensors").touch()
     assert claim(arguments, STAGE) is (status == "complete")
     os.utime(source, (0, 0))
     assert claim(arguments, STAGE) is (status == "complete")  # the content counts, not the time
@@ -304,6 +316,7 @@ def test_a_run_whose_input_model_changed_is_refused(tmp_path):
     (model / "model.safetensors").write_bytes(b"weights")
     arguments = run_arguments(tmp_path / "out", teachers=[str(model)])
     write_run(arguments, STAGE, "complete")
+    (tmp_path / "out" / "model.safetensors").touch()
     (model / "run.json").write_text("{}")  # no weights
     assert claim(arguments, STAGE) is True
     (model / "model.safetensors").write_bytes(b"others!")

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from transencoder.errors import InputError
+from transencoder.errors import InputError, storage_error
 from transencoder.files import RUN_FILE, read_json, write_json
 
 Kind = Literal["bi", "cross", "plm"]
@@ -116,7 +116,8 @@ def _check_weights(path: Path, changed: int) -> None:
         with safe_open(path, "pt") as file:
             _check_finite(path, ((tensor, file.get_tensor(tensor)) for tensor in file.keys()))  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged: {error}") from error
+        advice = "put the whole file there; if it came of a run, delete it, and the same command makes it anew"
+        raise storage_error(error) or InputError(f"{path}: damaged: {error}; {advice}") from error
 
 
 def _check_finite(where: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

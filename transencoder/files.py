@@ -219,7 +219,8 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     changed = difference(found, identity(arguments))
     if changed:
         raise InputError(f"{where}: holds another run's results ({changed}); {advice}")
-    return status == "complete"
+    # Somebody may have deleted what was damaged.
+    return status == "complete" and any(folder.glob(result or "model*.safetensors"))
 
 
 def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
