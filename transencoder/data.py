@@ -1,10 +1,8 @@
 """Turning checked tables into tokens, and tokens into batches. Tokens are made once and kept memory-mapped."""
 
-import contextlib
 import json
-import time
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from transencoder.errors import InputError, writing
+from transencoder.errors import InputError
+from transencoder.files import temporary_folder
 from transencoder.tables import PAIRS, SENTENCES, cache_folder, cache_key, local_main_process_first
 
 # --- text -> tokens --------------------------------------------------------------------------------------------------
@@ -75,28 +74,23 @@ def tokenize(
         encoded = tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
         return {name: encoded[name] for name in names}
 
-    folder = cache_folder()
-    with local_main_process_first(), writing(folder):
-        _remove_old_temporaries(folder)
-        tokens = table.map(
-            encode,
-            batched=True,
-            batch_size=10_000,
-            remove_columns=table.column_names,
-            features=datasets.Features({name: types[name] for name in names}),
-            cache_file_name=str(folder / f"tokens-{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            desc="Tokenizing",
-        )
-    return TokenRows(tokens)
-
-
-def _remove_old_temporaries(folder: Path) -> None:
-    """Delete what `datasets` was writing, under names without meaning, when its process was killed a day ago."""
-    for path in folder.glob("tmp????????"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > 86400:
-                path.unlink()
+    target = cache_folder() / f"tokens-{fingerprint}.arrow"
+    with local_main_process_first():
+        if not target.exists():
+            # In a folder of its own: what `datasets` has half written is found by nobody, and removed.
+            with temporary_folder(target) as folder:
+                table.map(
+                    encode,
+                    batched=True,
+                    batch_size=10_000,
+                    remove_columns=table.column_names,
+                    features=datasets.Features({name: types[name] for name in names}),
+                    cache_file_name=str(folder / target.name),
+                    new_fingerprint=fingerprint,
+                    desc="Tokenizing",
+                )
+                os.replace(folder / target.name, target)
+    return TokenRows(datasets.Dataset.from_file(str(target)))
 
 
 def pad(tokens: TokenRows, indices: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:

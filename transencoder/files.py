@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,6 +113,20 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         except Exception:  # a disk that is full has no room for half a folder
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what is to become it; removed in the end, as are those of killed processes."""
+    host = socket.gethostname()
+    folder = target.with_name(f".{target.name}.{host}.{os.getpid()}.tmp")
+    with writing(target):
+        try:
+            folder.mkdir(exist_ok=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    remove_abandoned(target.parent, f".{target.name}.{host}.*.tmp")
 
 
 def place_model(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def unlock(output: Path) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Delete files that processes of this machine were writing when they were killed.
+    """Delete files and folders that processes of this machine were writing when they were killed.
 
     Args:
         pattern: of the names, with a star where the number of the process stands.
@@ -71,7 +72,7 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
     for path in folder.glob(pattern):
         number = path.name.removeprefix(before).removesuffix(after)
         if number.isdecimal() and not psutil.pid_exists(int(number)):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @atexit.register
