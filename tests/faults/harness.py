@@ -76,6 +76,10 @@ class Start:
     began: float = field(default_factory=time.monotonic)
     lines: list[tuple[float, str]] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.listener = threading.Thread(target=self.listen, daemon=True)
+        self.listener.start()
+
     def listen(self) -> None:
         for line in self.process.stderr:
             self.lines.append((time.monotonic() - self.began, line.rstrip("\n")))
@@ -168,7 +172,6 @@ class Lane:
         command += ["--output_dir", str(run), "--launcher", LAUNCHERS[self.launcher], *map(str, words)]
         files = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         start = Start(self._popen(command, user, variables, **files))
-        threading.Thread(target=start.listen, daemon=True).start()
         return start
 
     def members(self, start: Start) -> list[psutil.Process]:
@@ -207,7 +210,9 @@ class Lane:
     def wait(self, start: Start, seconds: float = HANGS) -> int | None:
         """The driver's exit code; None if it is still at work after `seconds`. That after `HANGS` is a failure."""
         try:
-            return start.process.wait(timeout=seconds)
+            code = start.process.wait(timeout=seconds)
+            start.listener.join(10)  # to the last line; what outlives the driver keeps the other end open
+            return code
         except subprocess.TimeoutExpired:
             if seconds < HANGS:
                 return None

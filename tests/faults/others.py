@@ -54,20 +54,19 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def full_disk(lane: Lane, disk: Path, run: Path, first: int, step: int, **variables: str) -> Iterator[Said]:
-    """The driver on a disk that is too small and becomes larger by `step` KiB after each failure."""
-    size = first
-    with small_disk(disk, size) as enlarge:
-        while True:
-            start = lane.drive(run, **variables)
-            code = lane.wait(start)
-            if code == 0:
-                break
+def full_disk(lane: Lane, disk: Path, run: Path, **variables: str) -> Iterator[Said]:
+    """The driver on a disk that is too small for each stage in turn: it begins with room for 8 KiB, and gets twice as
+    much after each failure.
+    """
+    room, stage = 8, ""
+    with small_disk(disk, room) as enlarge:
+        while (code := lane.wait(start := lane.drive(run, **variables))) != 0:
             line = error_line(start, code)
             assert re.search("[Nn]o space left", line), line
-            yield Said(f"full disk ({disk.name}, {size} KiB)", code, start.stage(), line)
-            size += step
-            enlarge(size)
+            room, stage = 8 if start.stage() != stage else 2 * room, start.stage()
+            yield Said(f"full disk ({disk.name})", code, stage, line)
+            blocks = os.statvfs(disk)
+            enlarge((blocks.f_blocks - blocks.f_bfree) * blocks.f_bsize // 1024 + room)
         wrong = differences(lane.whole, run)
         assert not wrong, wrong
         if run.is_relative_to(disk):
@@ -76,16 +75,16 @@ def full_disk(lane: Lane, disk: Path, run: Path, first: int, step: int, **variab
         assert not left, left
 
 
-def full_output(lane: Lane, first: int = 60, step: int = 70) -> Iterator[Said]:
+def full_output(lane: Lane) -> Iterator[Said]:
     """The output folder's disk is full: checkpoints, models, parts, Parquet, results."""
     disk = lane.folder / "output-disk"
-    yield from full_disk(lane, disk, disk / "run", first, step)
+    yield from full_disk(lane, disk, disk / "run")
 
 
-def full_cache(lane: Lane, first: int = 4, step: int = 16) -> Iterator[Said]:
+def full_cache(lane: Lane) -> Iterator[Said]:
     """The disk of the `datasets` cache is full: checked tables and tokens."""
     disk = lane.folder / "cache-disk"
-    yield from full_disk(lane, disk, lane.folder / "run-cache", first, step, HF_DATASETS_CACHE=str(disk))
+    yield from full_disk(lane, disk, lane.folder / "run-cache", HF_DATASETS_CACHE=str(disk))
 
 
 # --- files that are cut off, or closed -------------------------------------------------------------------------------

@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import others
-from harness import AT_WORK, Lane, Warm, complain
-from run import Record, run_with_kills
+from harness import AT_WORK, Lane, Warm, complain, differences
 
 from transencoder import processes
 from transencoder.errors import BrokenRun, FullDisk, InputError, one_line_errors, storage_error, writing
@@ -48,8 +47,8 @@ def lane():
 
 
 @pytest.mark.slow
-def test_a_run_meets_one_fault_after_the_other_and_ends_as_one_left_alone(lane, tmp_path):
-    run, record = lane.folder / "disk" / "run", Record(tmp_path / "faults.jsonl")
+def test_a_run_meets_one_fault_after_the_other_and_ends_as_one_left_alone(lane):
+    run, draw = lane.folder / "disk" / "run", random.Random(7)
     with others.small_disk(run.parent, 200) if IS_ROOT else contextlib.nullcontext() as enlarge:
         if IS_ROOT:
             start = lane.drive(run)
@@ -57,9 +56,32 @@ def test_a_run_meets_one_fault_after_the_other_and_ends_as_one_left_alone(lane, 
             assert code == 1 and "step-0000" in others.error_line(start, code), start.text
             enlarge(100_000)
         outlive(lane, run)
-        run_with_kills(lane, "disk/run", random.Random(7), record)
-    (end,) = (entry for entry in record.read() if entry["what"] != "kill")
-    assert end["what"] == "end" and len(end["kills"]) >= 2, end
+        for stage, (number, target) in KILLS.items():
+            kill_in(lane, run, stage, number, target, draw.uniform(0, 0.5))
+        start = lane.drive(run)
+        assert lane.wait(start) == 0, start.text
+        assert differences(lane.whole, run) == []
+
+
+KILLS = {
+    "cycle 1: mine pairs": (signal.SIGKILL, "worker"),
+    "cycle 1: cross-encoder of one": (signal.SIGKILL, "group"),
+    "cycle 1: bi-encoder of one": (signal.SIGUSR1, "group"),
+    "cycle 1: measure": (signal.SIGTERM, "group"),
+}
+
+
+def kill_in(lane, run, stage, number, target, delay):
+    start = lane.drive(run)
+    while start.stage() != stage:
+        assert start.process.poll() is None, start.text
+        time.sleep(0.01)
+    time.sleep(delay)
+    lane.hit(start, number, target)
+    code = lane.wait(start)
+    assert code != 0 and complain(start, code) is None, start.text
+    assert AT_WORK not in start.text
+    psutil.wait_procs(lane.members(start), timeout=60)  # one that was asked to stop may still be saving
 
 
 def outlive(lane, run):
