@@ -160,6 +160,8 @@ def _check_file(source: str) -> None:
         raise InputError(f"{source}: no such file")
     if not path.is_file():
         raise InputError(f"{source}: not a file")
+    if not os.access(path, os.R_OK):  # what is in the cache is not opened here, but by a stage
+        raise InputError(f"{source}: cannot be read: Permission denied; give this user the right to it")
     if not _format_of(source):
         raise InputError(f"{source}: unknown format; known: {', '.join(FORMATS)}, each also with .gz")
     if path.stat().st_size == 0:
