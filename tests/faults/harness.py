@@ -153,25 +153,19 @@ class Lane:
             wrong = differences(self.whole, run)
             assert not wrong, wrong
 
-    def _popen(self, command: list[str], user: int = 0, variables: dict | None = None, **how: Any) -> subprocess.Popen:
-        """Start a process in a group of its own."""
+    def drive(self, run: Path, *words: object, **variables: str) -> Start:
+        """Start the driver in a process group of its own. `variables`: of the environment."""
 
         def prepare() -> None:
             os.setpgid(0, 0)
-            if user:
-                os.setgroups([])
-                os.setgid(user)
-                os.setuid(user)
+            if warm.UNPRIVILEGED in variables:
+                warm.lower_root()
 
-        environment = self.environment | (variables or {})
-        return subprocess.Popen(command, env=environment, cwd=ROOT, preexec_fn=prepare, **how)
-
-    def drive(self, run: Path, *words: object, user: int = 0, **variables: str) -> Start:
-        """Start the driver; `user`: another one than this, by number; `variables`: of the environment."""
         command = ["bash", str(ROOT / "scripts/run_transencoder.sh"), "--recipe", str(self.recipe)]
         command += ["--output_dir", str(run), "--launcher", LAUNCHERS[self.launcher], *map(str, words)]
         files = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        start = Start(self._popen(command, user, variables, **files))
+        environment = self.environment | variables
+        start = Start(subprocess.Popen(command, env=environment, cwd=ROOT, preexec_fn=prepare, **files))
         return start
 
     def members(self, start: Start) -> list[psutil.Process]:
@@ -273,7 +267,8 @@ def fingerprint(run: Path) -> dict[str, Any]:
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
         elif path.name in ("results.md", "recipe.yaml"):
-            found[name] = path.read_text().replace(str(run), "RUN").replace(f"# {run.name}", "# RUN")
+            text = path.read_text().replace(str(run), "RUN").replace(f"# {run.name}", "# RUN")
+            found[name] = re.sub(r"(?m)^Measured by trans-encoder \S+", "", text)  # a commit may come in between
         else:
             found[name] = True
     return found
