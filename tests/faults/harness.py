@@ -268,7 +268,9 @@ def fingerprint(run: Path) -> dict[str, Any]:
             found[name] = path.read_bytes()
         elif path.name in ("results.md", "recipe.yaml"):
             text = path.read_text().replace(str(run), "RUN").replace(f"# {run.name}", "# RUN")
-            found[name] = re.sub(r"(?m)^Measured by trans-encoder \S+", "", text)  # a commit may come in between
+            found[name] = re.sub(
+                r"(?m)^Measured by trans-encoder .*\. SHA", "SHA", text
+            )  # a commit may come in between
         else:
             found[name] = True
     return found
