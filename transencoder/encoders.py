@@ -6,6 +6,7 @@ A folder says itself what it holds: `modules.json` makes it a bi-encoder, a sequ
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -112,6 +113,8 @@ def _check_weights(path: Path, changed: int) -> None:
 
     Opening it reads the header, and compares the file's length with it.
     """
+    if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
+        raise InputError(f"{path}: cannot be read: Permission denied; give this user the right to it")
     try:
         with safe_open(path, "pt") as file:
             _check_finite(path, ((tensor, file.get_tensor(tensor)) for tensor in file.keys()))  # noqa: SIM118
