@@ -267,10 +267,9 @@ def fingerprint(run: Path) -> dict[str, Any]:
         elif path.suffix == ".safetensors":
             found[name] = path.read_bytes()
         elif path.name in ("results.md", "recipe.yaml"):
-            text = path.read_text().replace(str(run), "RUN").replace(f"# {run.name}", "# RUN")
-            found[name] = re.sub(
-                r"(?m)^Measured by trans-encoder .*\. SHA", "SHA", text
-            )  # a commit may come in between
+            text = re.sub(r"\S+/(?=contrastive/|cycle-)", "RUN/", path.read_text()).replace(f"# {run.name}", "# RUN")
+            # A commit may come in between.
+            found[name] = re.sub(r"(?m)^Measured by trans-encoder .*\. SHA", "SHA", text)
         else:
             found[name] = True
     return found

@@ -7,8 +7,8 @@ Each kill, each run that came to its end, and each failure is a line of DIR/faul
 counting there. At the end it prints the table of docs/reliability.md, and exits with 1 if anything was not as it must
 be.
 
-A run is killed two to five times, then left alone. A moment is drawn uniformly over what remains of the run, by the
-durations that its stages have had so far. What is hit by which signal is drawn, too.
+A run is killed five to ten times, at moments drawn uniformly over its whole length, by the durations that its stages
+have had so far; then it is left alone. What is hit by which signal is drawn, too.
 """
 
 import argparse
@@ -72,13 +72,15 @@ def work(arguments: argparse.Namespace, number: int, python: Warm) -> None:
 
 def run_with_kills(lane: Lane, name: str, draw: random.Random, record: Record) -> None:
     """One run, killed and started again until it is through; and whether it is what it should be."""
-    run, kills, starts, wanted = lane.folder / name, [], 0, draw.randint(2, 5)
+    run, kills, starts = lane.folder / name, [], 0
+    points = sorted((draw.random() for _ in range(draw.randint(5, 10))), reverse=True)
     about = dict(launcher=lane.launcher, run=f"{lane.folder.name}/{name}")
     while True:
         start = lane.drive(run)
         starts += 1
-        moment, (number, target) = draw.uniform(0, remaining(run, lane.seconds)), draw_target(draw)
-        code = lane.wait(start, moment if len(kills) < wanted else HANGS)
+        number, target = draw_target(draw)
+        moment = moment_of(points.pop(), run, lane.seconds, draw) if points else HANGS
+        code = lane.wait(start, moment)
         for title, seconds in stage_seconds(start, code == 0).items():  # the machine may have other work, or less
             lane.seconds[title] = (lane.seconds[title] + seconds) / 2
         if code == 0:
@@ -109,6 +111,12 @@ def run_with_kills(lane: Lane, name: str, draw: random.Random, record: Record) -
     record.add(what="failure" if wrong else "end", **about, kills=kills, starts=starts, why=wrong)
     if not wrong:
         shutil.rmtree(run)
+
+
+def moment_of(point: float, run: Path, seconds: dict[str, float], draw: random.Random) -> float:
+    """Seconds from a start to a point in [0, 1) of the run, or into its first step if that point is behind."""
+    total = sum(seconds.values())
+    return max(point * total - (total - remaining(run, seconds)), draw.uniform(0, seconds["plan"]))
 
 
 def remaining(run: Path, seconds: dict[str, float]) -> float:

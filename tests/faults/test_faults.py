@@ -102,7 +102,8 @@ def outlive(lane, run):
 @pytest.mark.slow
 def test_what_is_closed_to_the_user_is_one_line_before_any_work(lane):
     names = ("corpus/sentences.txt", "tiny-bert/model.safetensors", "open")
-    assert len(list(others.closed(lane, names, run_after=False))) == len(names)
+    said = list(others.closed(lane, names, run_after=False))
+    assert len(said) == len(names) and all("Permission denied; give" in item.line for item in said), said
 
 
 # --- without a run ---------------------------------------------------------------------------------------------------
