@@ -102,8 +102,14 @@ def mend(path: Path, whole: Path) -> None:
         path.unlink()
 
 
-def damaged(lane: Lane, template: Path) -> Iterator[Said]:
-    """A file of a run is cut in the middle, in a run that has not come to its end."""
+def damaged(lane: Lane, run: Path) -> Iterator[Said]:
+    """A file of a run is cut in the middle, in a run that has not come to its end.
+
+    Args:
+        run: one that has; it stays where it is, since its stages know their inputs by their paths.
+    """
+    template = lane.folder / "template"
+    shutil.copytree(run, template)
     for name, gone in {
         "contrastive/one/model.safetensors": ("cycle-1", "start"),
         "cycle-1/pairs.parquet": ("cycle-1/bi-scores.parquet",),
@@ -113,8 +119,7 @@ def damaged(lane: Lane, template: Path) -> Iterator[Said]:
         "contrastive/one/run.json": (),
         "start/results.json": ("cycle-1/results.json", "cycle-1/run.json"),
     }.items():
-        run = lane.folder / "run-cut"
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run)
         shutil.copytree(template, run)
         for later in gone:
             path = run / later
