@@ -144,7 +144,7 @@ stage() {
   fi
   if [[ ! $redone ]] && is_complete "$output"; then
     echo "[$done_count/$total] $title: done before" >&2
-    rm -rf "$output/checkpoints" "${output%/*}/.${output##*/}.parts"  # where a kill came before these were removed
+    rm -rf "$output/checkpoints" "${output%/*}/.${output##*/}".{parts,lock}  # where a kill came before these were removed
     return
   fi
   [[ $redone && -e $output ]] && command+=(--overwrite)
