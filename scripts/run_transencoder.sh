@@ -32,6 +32,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 launcher="accelerate launch" recipe="" run="" dry="" push="" pusher="" student="" patience=86400 plan_flags=() seed=() seeds=()
 
 fail() { echo "run_transencoder.sh: error: $1" >&2; exit 2; }
+
+# ended CODE WHAT: exit as a step of this script's own did. One that a signal ended has not said so itself.
+ended() {
+  (($1 < 128)) || echo "run_transencoder.sh: $2 was ended by signal $(($1 - 128)). The same command again goes on from here." >&2
+  exit "$1"
+}
 while (($#)); do
   case $1 in
     -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -76,7 +82,7 @@ read -ra launcher <<<"$launcher"
 
 # Checks the recipe and everything it names, and defines CYCLES, NAMES, PAIRS, ... (one array element for each student).
 plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:+--hub_model_id "$push"} \
-  ${plan_flags[@]+"${plan_flags[@]}"}) || exit $?
+  ${plan_flags[@]+"${plan_flags[@]}"}) || ended $? "checking the recipe"
 eval "$plan"
 [[ $dry ]] || recipe=$run/recipe.yaml
 
@@ -138,6 +144,7 @@ stage() {
   fi
   if [[ ! $redone ]] && is_complete "$output"; then
     echo "[$done_count/$total] $title: done before" >&2
+    rm -rf "$output/checkpoints" "${output%/*}/.${output##*/}".{parts,lock}  # where a kill came before these were removed
     return
   fi
   [[ $redone && -e $output ]] && command+=(--overwrite)
@@ -231,7 +238,7 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
 done
 
 ((${student:-0} == 0)) || exit 0
-[[ $dry ]] || python "$here/summarize_run.py" "$run"
+[[ $dry ]] || python "$here/summarize_run.py" "$run" || ended $? "the summary"
 [[ ! $pusher ]] || wait "$pusher" || true
 push
 [[ ! $pusher ]] || wait "$pusher" || true  # it has said what went wrong, and how to push later

@@ -82,7 +82,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     """Folder of a random two-layer BERT, 32 wide."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    return save_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+def save_tiny_bert(folder: Path) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = BertConfig(
@@ -155,7 +158,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with sentences.txt, pairs.jsonl (unlabelled) and dev.jsonl, test.jsonl (with scores)."""
-    folder = tmp_path_factory.mktemp("corpus")
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def write_corpus(folder: Path) -> Path:
     (folder / "sentences.txt").write_text("\n".join(random_sentences(96)) + "\n", encoding="utf-8")
     pairs = random_pairs(64)
     write_jsonl(folder / "pairs.jsonl", [{k: row[k] for k in ("sentence1", "sentence2")} for row in pairs])

@@ -16,7 +16,7 @@ import transencoder
 from transencoder import tables
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError
-from transencoder.files import RUN_FILE, claim, difference, identity, move_model, write_folder, write_json, write_run
+from transencoder.files import RUN_FILE, claim, difference, identity, place_model, write_folder, write_json, write_run
 from transencoder.inference import token_batches
 from transencoder.scoring import check_output, read_label_pairs, scores_are_there, write_scores
 from transencoder.tables import read_pairs
@@ -86,32 +86,35 @@ def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
     for name in bi + others:
         (target / name).write_text("bi")
     (target / "runs").mkdir()
-    move_model(source, target)
+    place_model(source, target)
     assert names(target) == sorted(["config.json", "model.safetensors", "tokenizer.json", "runs", *others])
     assert (target / "config.json").read_text() == (target / "tokenizer.json").read_text() == "cross"
-    assert names(source) == []
 
 
-def test_a_model_is_moved_into_an_empty_folder(tmp_path):
+def test_a_model_is_placed_into_an_empty_folder(tmp_path):
     for name in ("source", "target"):
         (tmp_path / name).mkdir()
     (tmp_path / "source" / "config.json").touch()
-    move_model(tmp_path / "source", tmp_path / "target")
+    place_model(tmp_path / "source", tmp_path / "target")
     assert names(tmp_path / "target") == ["config.json"]
 
 
-def test_moving_into_a_folder_replaces_what_has_the_same_name(tmp_path):
+def test_placing_into_a_folder_replaces_what_has_the_same_name(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     for folder, text in ((source, "new"), (target, "old")):
         (folder / "1_Pooling").mkdir(parents=True)
         (folder / "1_Pooling" / text).touch()
         (folder / "config.json").write_text(text)
         (folder / f"{text}.txt").touch()
-    move_model(source, target)
+    place_model(source, target)
     assert names(target) == ["1_Pooling", "config.json", "new.txt", "old.txt"]
     assert names(target / "1_Pooling") == ["new"]
     assert (target / "config.json").read_text() == "new"
-    assert names(source) == []
+    # Again, where the first time was cut off: the source still has it all.
+    (target / "config.json").unlink()
+    place_model(source, target)
+    assert (target / "config.json").read_text() == (source / "config.json").read_text() == "new"
+    assert names(target / "1_Pooling") == ["new"]
 
 
 # --- whose output folder it is ---------------------------------------------------------------------------------------
@@ -131,11 +134,22 @@ def test_a_complete_run_is_done_and_an_interrupted_one_is_not(tmp_path):
     write_run(run_arguments(tmp_path), STAGE, "running")
     assert claim(run_arguments(tmp_path), STAGE) is False
     write_run(run_arguments(tmp_path), STAGE, "complete")
+    (tmp_path / "model.safetensors").touch()
     assert claim(run_arguments(tmp_path), STAGE) is True
+
+
+def test_a_complete_run_whose_result_was_deleted_is_made_again(tmp_path):
+    for stage, result in ((STAGE, None), ("evaluate_encoders", "results.json")):
+        folder, name = tmp_path / stage, result or "model-00001-of-00002.safetensors"
+        write_run(run_arguments(folder), stage, "complete")
+        assert claim(run_arguments(folder), stage, result) is False
+        (folder / name).touch()
+        assert claim(run_arguments(folder), stage, result) is True
 
 
 def test_what_does_not_change_the_result_may_differ(tmp_path):
     write_run(run_arguments(tmp_path, recipe="a.yaml", report_to="none", micro_batch_size=8), STAGE, "complete")
+    (tmp_path / "model.safetensors").touch()
     assert claim(run_arguments(tmp_path, report_to="all", micro_batch_size=4, eval_batch_tokens=99), STAGE) is True
     link = tmp_path.with_name(f"{tmp_path.name}-link")
     link.symlink_to(tmp_path)
@@ -283,6 +297,7 @@ def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec):
     source.write_text("one")
     arguments = run_arguments(tmp_path / "out", dev=spec.format(source))
     write_run(arguments, STAGE, status)
+    (tmp_path / "out" / "model.safetensors").touch()
     assert claim(arguments, STAGE) is (status == "complete")
     os.utime(source, (0, 0))
     assert claim(arguments, STAGE) is (status == "complete")  # the content counts, not the time
@@ -302,6 +317,7 @@ def test_a_run_whose_input_model_changed_is_refused(tmp_path):
     (model / "model.safetensors").write_bytes(b"weights")
     arguments = run_arguments(tmp_path / "out", teachers=[str(model)])
     write_run(arguments, STAGE, "complete")
+    (tmp_path / "out" / "model.safetensors").touch()
     (model / "run.json").write_text("{}")  # no weights
     assert claim(arguments, STAGE) is True
     (model / "model.safetensors").write_bytes(b"others!")

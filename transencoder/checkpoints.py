@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/checkpoints/step-000400/    what Accelerate saves (model, optimizer, schedule, random states, progress)
                                        and manifest.json: every file's size and SHA-256
-OUTPUT_DIR/checkpoints/best-000200/    the model with the best score so far; later moved to OUTPUT_DIR
+OUTPUT_DIR/checkpoints/best-000200/    the model with the best score so far, which OUTPUT_DIR gets in the end
 """
 
 import json
@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from transencoder.engines import engine_name
-from transencoder.errors import InputError
+from transencoder.errors import BrokenRun, InputError, writing
 from transencoder.files import sha256, write_json
 from transencoder.runtime import log
 
@@ -51,7 +51,12 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        try:
+            with writing(target):
+                self.accelerator.save_state(str(temporary))
+        except BrokenRun:  # a disk that is full has no room for half a checkpoint
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             files = {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}
@@ -105,6 +110,11 @@ class Checkpoints:
         for path in self.folder.glob("best-*"):
             if int(path.name.rpartition("-")[2]) not in needed:
                 shutil.rmtree(path)
+
+
+def remove_checkpoints(output_dir: str) -> None:
+    """Delete the checkpoints of a training that is over, or is to begin anew."""
+    shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)
 
 
 def check_resumable(output_dir: str, accelerator: Accelerator) -> None:

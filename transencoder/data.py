@@ -4,6 +4,7 @@ Tokens are made once and kept memory-mapped; those of a very long training set a
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from transencoder.errors import InputError
-from transencoder.files import write_file
+from transencoder.files import temporary_folder, write_file
 from transencoder.tables import (
     PAIRS,
     RANDOM_ROWS,
@@ -147,17 +148,22 @@ def tokenize(
         release_pages()
         return encode(batch)
 
+    target = cache_folder() / f"tokens-{fingerprint}.arrow"
     with local_main_process_first():
-        tokens = table.map(
-            encode_block,
-            batched=True,
-            remove_columns=table.column_names,
-            features=datasets.Features(types),
-            cache_file_name=str(cache_folder() / f"tokens-{fingerprint}.arrow"),
-            new_fingerprint=fingerprint,
-            desc="Tokenizing",
-        )
-    return TokenRows(tokens.data.table)
+        if not target.exists():
+            # In a folder of its own: what `datasets` has half written is found by nobody, and removed.
+            with temporary_folder(target) as folder:
+                table.map(
+                    encode_block,
+                    batched=True,
+                    remove_columns=table.column_names,
+                    features=datasets.Features(types),
+                    cache_file_name=str(folder / target.name),
+                    new_fingerprint=fingerprint,
+                    desc="Tokenizing",
+                )
+                os.replace(folder / target.name, target)
+    return TokenRows(datasets.Dataset.from_file(str(target)).data.table)
 
 
 def training_tokens(

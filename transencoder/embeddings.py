@@ -1,5 +1,7 @@
 """Sentences -> unit vectors: on disk, memory-mapped, for many; at once for a few."""
 
+import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import AutoConfig
 from transencoder.data import tokenize
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.engines import autocast
+from transencoder.errors import writing
 from transencoder.inference import each_part
 from transencoder.parts import Parts
 from transencoder.tables import SENTENCES
@@ -64,6 +67,9 @@ def write_vectors(
     if accelerator.is_main_process:
         shape = (len(sentences), sum(widths))
         target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        # A write to mapped memory that the disk has no room for would end the process without a word.
+        with contextlib.suppress(OSError), writing(path), path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for number, (encoder, width, title) in enumerate(zip(encoders, widths, titles, strict=True)):
         tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
         row = 0

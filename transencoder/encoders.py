@@ -6,6 +6,7 @@ A folder says itself what it holds: `modules.json` makes it a bi-encoder, a sequ
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from transencoder.errors import InputError
+from transencoder.errors import InputError, storage_error
 from transencoder.files import RUN_FILE, read_json, write_json
 from transencoder.shortcuts import read_first_token_only
 
@@ -113,11 +114,14 @@ def _check_weights(path: Path, changed: int) -> None:
 
     Opening it reads the header, and compares the file's length with it.
     """
+    if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
+        raise InputError(f"{path}: cannot be read: Permission denied; give this user the right to it")
     try:
         with safe_open(path, "pt") as file:
             _check_finite(path, ((tensor, file.get_tensor(tensor)) for tensor in file.keys()))  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged: {error}") from error
+        advice = "put the whole file there; if it came of a run, delete it, and the same command makes it anew"
+        raise storage_error(error) or InputError(f"{path}: damaged: {error}; {advice}") from error
 
 
 def _check_finite(where: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +16,10 @@ import torch
 import transformers
 
 import transencoder
-from transencoder.errors import InputError
+from transencoder.errors import InputError, is_first_process, storage_error, writing
 from transencoder.hub_tables import COMMITS
 from transencoder.pools import local_files
+from transencoder.processes import lock, remove_abandoned, unlock
 
 RUN_FILE = "run.json"
 # These change how a run goes, not what comes out of it.
@@ -86,31 +88,65 @@ def write_text(path: Path, text: str) -> None:
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, and put it in the place of `path`."""
     # Students on several machines may write the same recipe at the same time.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    host = socket.gethostname()
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") as stream:
+                write(stream)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    remove_abandoned(path.parent, f".{path.name}.{host}.*.tmp")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder beside `folder`, and put it in the place of `folder`."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with writing(folder):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        except Exception:  # a disk that is full has no room for half a folder
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
-def move_model(source: Path, target: Path) -> None:
-    """Move the saved model in `source` into the folder `target`, in the place of the one that may be there."""
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for what is to become it; removed in the end, as are those of killed processes."""
+    host = socket.gethostname()
+    folder = target.with_name(f".{target.name}.{host}.{os.getpid()}.tmp")
+    with writing(target):
+        try:
+            folder.mkdir(exist_ok=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    remove_abandoned(target.parent, f".{target.name}.{host}.*.tmp")
+
+
+def place_model(source: Path, target: Path) -> None:
+    """Put the saved model in `source` into the folder `target`, in the place of the one that may be there.
+
+    `source` keeps it, so that a process that is killed in between can do the same again; the weights' bytes are shared
+    where the file system can do that.
+    """
     for old in (path for pattern in MODEL_FILES for path in target.glob(pattern)):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for item in source.iterdir():
-        os.replace(item, target / item.name)
+    with writing(target):
+        shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # such as FAT, or a network's
+        shutil.copy2(source, target)
 
 
 def identity(arguments: Any) -> dict[str, Any]:
@@ -198,17 +234,26 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     changed = difference(found, identity(arguments))
     if changed:
         raise InputError(f"{where}: holds another run's results ({changed}); {advice}")
-    return status == "complete"
+    # Somebody may have deleted what was damaged.
+    return status == "complete" and any(folder.glob(result or "model*.safetensors"))
 
 
 def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
-    """Record what makes the output folder. `status`: "running", or "complete", which is written last of all."""
+    """Record what makes the output folder. `status`: "running", or "complete", which is written last of all.
+
+    Between the two the first process has the folder's lock.
+    """
     folder = Path(arguments.output_dir)
     facts |= {"hub_datasets": dict(COMMITS)} if COMMITS else {}
     versions = {"transencoder": code_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RUN_FILE, content)
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
+        where = f"--output_dir {folder}"
+        raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
+    if is_first_process():
+        lock(folder)
+    write_json(folder / RUN_FILE, content)
+    if status == "complete":
+        unlock(folder)

@@ -90,5 +90,5 @@ def each_part(
                 part = run_sharded(model, model, tokens, rows, accelerator, batch_tokens, where).cpu().numpy()
                 parts.save(name, number, part)
                 if number + 1 < len(starts) and stop.on_any_process(accelerator):
-                    stop_here(accelerator, f"part {number + 1} of {len(starts)} ({title})")
+                    stop_here(accelerator, stop, f"part {number + 1} of {len(starts)} ({title})")
             yield part

@@ -321,8 +321,13 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
         return  # it has nothing more to do, and the others' search may take long
     miner = Miner(sides, (vectors[0], vectors[-1]), sources, wanted, arguments.seed, parts, accelerator)
     counts = np.zeros((len(sources), len(BINS) - 1), dtype=np.int64)
-    rows = write_tables(output, mined_blocks(miner, counts), facts)
-    plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
+
+    def blocks_and_picture() -> Iterator[pa.Table]:
+        yield from mined_blocks(miner, counts)
+        # The pairs, whose appearance says that all is done, come last.
+        plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
+
+    rows = write_tables(output, blocks_and_picture(), facts)
     parts.remove()
     log(f"{output}: {rows} pairs")
 

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from transencoder.errors import writing
 from transencoder.files import write_file, write_json
+from transencoder.processes import lock, unlock
 from transencoder.runtime import log
 
 FACTS_FILE = "facts.json"
 
 
 class Parts:
-    """A folder of parts; those of another scoring are thrown away.
+    """A folder of parts; those of another scoring are thrown away. The first process has the output's lock meanwhile.
 
     Args:
         output: the file that the parts will become.
@@ -28,11 +30,15 @@ class Parts:
     """
 
     def __init__(self, output: Path, facts: dict[str, Any], rows: int, accelerator: Accelerator):
-        self.folder, self.rows, self.accelerator = output.with_name(f".{output.name}.parts"), rows, accelerator
+        self.folder, self.rows, self.accelerator = _folder(output), rows, accelerator
+        self.output = output
+        if accelerator.is_main_process:
+            lock(output)
         facts = json.loads(json.dumps({**facts, "rows": rows}))
         if accelerator.is_main_process and self._found() != facts:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True)
             write_json(self.folder / FACTS_FILE, facts)
         accelerator.wait_for_everyone()
         done = sum(1 for _ in self.folder.glob("*.npy"))
@@ -68,6 +74,16 @@ class Parts:
         """Once the output is there."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder)
+            unlock(self.output)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.part-{number}.npy"
+
+
+def remove_parts(output: Path) -> None:
+    """Delete the parts of an output that is whole."""
+    shutil.rmtree(_folder(output), ignore_errors=True)
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.parts")

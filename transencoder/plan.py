@@ -20,7 +20,7 @@ from transencoder.arguments import (
     read_recipe,
 )
 from transencoder.encoders import check_bi_encoder, check_language_model
-from transencoder.errors import InputError
+from transencoder.errors import InputError, storage_error
 from transencoder.files import difference, write_text
 from transencoder.mining import Sides, parse_mix, wanted_pairs
 from transencoder.paper import check_setting
@@ -353,9 +353,10 @@ def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
         raise InputError(f"--output_dir {folder}: holds files that are not this tool's; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
+        where = f"--output_dir {folder}"
+        raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from transencoder.arguments import LabelArguments
 from transencoder.data import tokenize, turned, unique_sentences
 from transencoder.embeddings import unit, write_vectors
 from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
-from transencoder.errors import InputError
+from transencoder.errors import InputError, storage_error
 from transencoder.files import code_version, difference, identity, write_file
 from transencoder.hub_tables import COMMITS
 from transencoder.inference import each_part, run_sharded
 from transencoder.lexical import lexical_scores
-from transencoder.parts import Parts
+from transencoder.parts import Parts, remove_parts
 from transencoder.pools import is_ordered, read_pool
 from transencoder.soundness import check_no_labels, check_scores
 from transencoder.tables import (
@@ -252,7 +252,8 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(f"--output {path}: cannot be written: {error.strerror}") from error
+        where = f"--output {path}"
+        raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
 
 
 def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") -> bool:
@@ -275,6 +276,7 @@ def scores_are_there(path: Path, facts: dict[str, Any], what: str = "scores") ->
     changed = difference(found, json.loads(json.dumps(facts)))
     if changed:
         raise InputError(f"--output {path}: holds other {what} ({changed}); choose another name or add --overwrite")
+    remove_parts(path)  # a kill may have come in between
     return True
 
 

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from accelerate import PartialState
 
-from transencoder.errors import InputError
+from transencoder.errors import InputError, writing
 from transencoder.hub_tables import load_split
+from transencoder.processes import remove_abandoned
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
@@ -215,6 +217,8 @@ def _check_file(source: str) -> None:
         raise InputError(f"{source}: no such file")
     if not path.is_file():
         raise InputError(f"{source}: not a file")
+    if not os.access(path, os.R_OK):  # what is in the cache is not opened here, but by a stage
+        raise InputError(f"{source}: cannot be read: Permission denied; give this user the right to it")
     if not _format_of(source):
         raise InputError(f"{source}: unknown format; known: {', '.join(FORMATS)}, each also with .gz")
     if path.stat().st_size == 0:
@@ -251,7 +255,8 @@ def _through_cache(
 def cache_folder() -> Path:
     """Where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trans-encoder"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -265,19 +270,23 @@ def parse_renaming(columns: list[str] | None) -> dict[str, str]:
 
 def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], wanted: tuple[str, ...]) -> None:
     """Write checked `batches` to `target` by way of a temporary name."""
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    # The name of the machine, since the cache may be shared.
+    host = socket.gethostname()
+    temporary = target.with_suffix(f".{host}.{os.getpid()}.tmp")
     schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
     rows = 0
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(_checked(batch, source, rows, schema))
-                rows += batch.num_rows
-        if rows == 0:
-            raise InputError(f"{source}: no rows")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(target.parent):
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(_checked(batch, source, rows, schema))
+                    rows += batch.num_rows
+            if rows == 0:
+                raise InputError(f"{source}: no rows")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    remove_abandoned(target.parent, f"{target.stem}.{host}.*.tmp")
 
 
 def _checked(batch: pa.RecordBatch, source: str, rows_before: int, schema: pa.Schema) -> pa.RecordBatch:

@@ -3,7 +3,6 @@
 import itertools
 import math
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,15 +18,16 @@ from torch.utils.data import Dataset
 from transformers import get_scheduler
 
 from transencoder.arguments import TrainingArguments, parse_stage
-from transencoder.checkpoints import Checkpoints, check_resumable
+from transencoder.checkpoints import Checkpoints, check_resumable, remove_checkpoints
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.engines import engine_name, precision, set_batch
 from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
-from transencoder.files import claim, move_model, write_folder, write_run
+from transencoder.files import claim, place_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
+from transencoder.processes import lock
 from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by
 from transencoder.shortcuts import keep_freed_memory, use_processor_dropout
@@ -116,11 +116,14 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
     if claim(arguments, stage):
         log(f"{arguments.output_dir} is complete already")
         if is_first_process():
+            remove_checkpoints(arguments.output_dir)  # a kill may have come in between
             push_stage(arguments)
         sys.exit(0)
     accelerator = start(arguments)
     if arguments.overwrite and accelerator.is_main_process:
-        shutil.rmtree(Path(arguments.output_dir) / "checkpoints", ignore_errors=True)
+        if Path(arguments.output_dir).exists():
+            lock(Path(arguments.output_dir))
+        remove_checkpoints(arguments.output_dir)
     accelerator.wait_for_everyone()
     check_resumable(arguments.output_dir, accelerator)
     return arguments, accelerator
@@ -130,6 +133,7 @@ def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, f
     """Mark a training stage's output folder as complete, say what is in it, and push it where that was asked for."""
     if accelerator.is_main_process:
         write_run(arguments, stage, "complete", **facts)
+        remove_checkpoints(arguments.output_dir)
     kept = f"step {facts['kept_step']} of {facts['steps']}"
     by = next((name for name in ("dev", "agreement") if name in facts), None)
     score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
@@ -357,18 +361,17 @@ class Trainer:
             self.checkpoints.save(step, self.progress.best_step)
         if stopping:
             self.bar.close()
-            stop_here(self.accelerator, f"step {step} of {self.total_steps}")
+            stop_here(self.accelerator, stop, f"step {step} of {self.total_steps}")
 
     def finish(self) -> None:
-        """Move the kept checkpoint to where it belongs."""
+        """Put the kept model where it belongs. Checkpoints stay until run.json says that it is complete."""
         if self.keep_best and not self.progress.best_step:
             raise BrokenRun(f"the model gave every {self.select_by} pair the same score; lower --learning_rate")
         if not self.keep_best:
             self.progress.best_step = self.total_steps
             self.keep()
         if self.accelerator.is_main_process:
-            move_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
-            shutil.rmtree(self.checkpoints.folder)
+            place_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
