@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""What mining takes: time of each phase, memory and disk, for several numbers of sentences.
+r"""What mining takes: processor time of each phase, memory and disk, for several numbers of sentences.
 
 python benchmarks/mining.py --bi_encoder MODEL --sentences FILE FILE --sizes 50000 100000 200000
 
@@ -8,8 +8,10 @@ drawn with a seed. The mix is the default one, and each size is a process of its
 """
 
 import argparse
+import contextlib
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -50,69 +52,82 @@ def recombined(sentences: list[str], size: int, seed: int) -> list[str]:
 
 def disk_use(folder: Path) -> int:
     """Bytes that the files in a folder take."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_blocks * 512
-        except FileNotFoundError:  # it went while we looked
-            continue
-    return total
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
 
 
-def note_ends(parts: Path, started: float, ends: dict[str, float]) -> None:
-    """Set each phase's end, in seconds from the start, to when its newest part was written."""
-    for path in parts.glob("*.npy"):
-        kind, number = path.name.split("-")[:2]
-        phase = "encoding"
-        if kind == "drawn":
-            phase = "by words" if DEFAULT_MIX[int(number)].startswith("lexical") else "by vectors"
-        try:
-            ends[phase] = max(ends.get(phase, 0.0), path.stat().st_mtime - started)
-        except FileNotFoundError:  # it went while we looked
-            continue
+def phase_of(parts: Path) -> str:
+    """The last phase that has left a part."""
+    drawn = {int(path.name.split("-")[1]) for path in parts.glob("drawn-*.npy")}
+    kinds = {DEFAULT_MIX[number].partition(":")[0] for number in drawn}
+    return "by vectors" if "nearest" in kinds else "by words" if kinds else "encoding"
 
 
-def mine(sentences: list[str], arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+def children_seconds() -> float:
+    """Processor time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+class Watch:
+    """What a mining takes: the peaks of its memory and disk, in bytes, and its processor time at each phase's end.
+
+    Args:
+        pid: of the process.
+        folder: where it keeps everything, `parts` being its folder of parts.
+    """
+
+    def __init__(self, pid: int, folder: Path, parts: Path):
+        self.process, self.folder, self.parts = psutil.Process(pid), folder, parts
+        self.peaks = dict.fromkeys(("rss", "anonymous", "disk"), 0)
+        self.ends, self.files = dict.fromkeys(PHASES, 0.0), 0
+
+    def look(self) -> None:
+        """Once, now."""
+        memory, used = self.process.memory_info(), self.process.cpu_times()
+        now = {"rss": memory.rss, "anonymous": memory.rss - memory.shared, "disk": disk_use(self.folder)}
+        self.peaks = {name: max(peak, now[name]) for name, peak in self.peaks.items()}
+        files = len(list(self.parts.glob("*.npy")))
+        if files > self.files:
+            self.files, self.ends[phase_of(self.parts)] = files, used.user + used.system
+
+
+def mine(sentences: list[str], bi_encoder: str, folder: Path) -> dict[str, float]:
     """Mine once, in an empty folder.
 
     Returns:
-        Seconds of each phase; the peaks of rss and anonymous memory, and of disk, in bytes; pairs.
+        Processor seconds of each phase; "wall", seconds of all; peaks in bytes of "rss", "anonymous", "disk"; "pairs".
     """
-    source, output, cache = folder / "sentences.txt", folder / "pairs.parquet", folder / "cache"
+    source, output = folder / "sentences.txt", folder / "pairs.parquet"
     source.write_text("\n".join(sentences) + "\n", encoding="utf-8")
-    words = ["--encoders", arguments.bi_encoder, "--sentences", source, "--output", output]
-    command = [sys.executable, ROOT / "scripts" / "mine_pairs.py", *words]
-    started, ends, peak = time.time(), {}, dict.fromkeys(("rss", "anonymous", "disk"), 0)
+    command = [sys.executable, ROOT / "scripts" / "mine_pairs.py", "--encoders", bi_encoder]
+    command += ["--sentences", source, "--output", output]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
+    before, started = children_seconds(), time.monotonic()
     with tempfile.TemporaryFile("w+") as text:
-        environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
         process = subprocess.Popen([str(word) for word in command], env=environment, stdout=text, stderr=text)
-        looked_at = psutil.Process(process.pid)
+        watch = Watch(process.pid, folder, output.with_name(f".{output.name}.parts"))
         while process.poll() is None:
-            memory = looked_at.memory_info()
-            peak["rss"] = max(peak["rss"], memory.rss)
-            peak["anonymous"] = max(peak["anonymous"], memory.rss - memory.shared)  # what no file stands behind
-            peak["disk"] = max(peak["disk"], disk_use(folder))
-            note_ends(folder / f".{output.name}.parts", started, ends)
+            with contextlib.suppress(psutil.Error, FileNotFoundError):  # it ends while we look
+                watch.look()
             time.sleep(INTERVAL)
-        ends["writing"] = time.time() - started
         if process.returncode:
             text.seek(0)
             sys.exit(f"mining failed:\n{text.read()[-3000:]}")
-    times = [0.0, *(ends[phase] for phase in PHASES)]
-    seconds = {phase: after - before for phase, before, after in zip(PHASES, times, times[1:], strict=False)}
-    return {**seconds, **peak, "pairs": pq.read_metadata(output).num_rows}
+    wall, ends = time.monotonic() - started, watch.ends | {PHASES[-1]: children_seconds() - before}
+    phases = {phase: ends[phase] - then for phase, then in zip(PHASES, [0.0, *ends.values()], strict=False)}
+    return {**phases, **watch.peaks, "wall": wall, "pairs": pq.read_metadata(output).num_rows}
 
 
 def main() -> None:
     arguments = parse()
     given = read_sentence_pool(arguments.sentences, None, None)["sentence"]
     print(f"{len(given)} distinct sentences in the files", file=sys.stderr)
-    print("| sentences | pairs | encoding | by words | by vectors | writing | RSS | anonymous | disk |")
-    print("| ---: |" + " ---: |" * 8)
+    print(f"| sentences | pairs | CPU s: {' | '.join(PHASES)} | wall s | peak RSS | anonymous | disk |")
+    print("| ---: |" + " ---: |" * 9)
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            taken = mine(recombined(given, size, arguments.seed), arguments, Path(folder))
-        times = " | ".join(f"{taken[phase]:.0f} s" for phase in PHASES)
+            taken = mine(recombined(given, size, arguments.seed), arguments.bi_encoder, Path(folder))
+        times = " | ".join(f"{taken[name]:.0f}" for name in (*PHASES, "wall"))
         sizes = " | ".join(f"{taken[name] / 1e6:.0f} MB" for name in ("rss", "anonymous", "disk"))
         print(f"| {size} | {taken['pairs']} | {times} | {sizes} |", flush=True)
 
