@@ -63,6 +63,9 @@ def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
             report_and_exit(str(error))
         except BrokenRun as error:
             report_and_exit(str(error), 1, from_all=isinstance(error, FullDisk))
+        except BrokenPipeError:  # who reads what is printed is gone, such as a driver that was killed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+            sys.exit(1)
         except Exception as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 report_and_exit(f"{str(error.filename)[:60]}...: longer than a file's name can be")

@@ -175,6 +175,14 @@ def test_other_errors_keep_their_traceback():
             raise error
 
 
+def test_a_reader_that_is_gone_is_no_traceback():
+    code = "from transencoder.errors import one_line_errors; one_line_errors(lambda: print('a' * 10**6))()"
+    words = [sys.executable, "-c", code]
+    writer = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=others.ROOT)
+    writer.stdout.close()
+    assert writer.stderr.read() == b"" and writer.wait() == 1
+
+
 def test_an_output_has_one_process_at_a_time(tmp_path):
     output = tmp_path / "run"
     hold = "import sys, pathlib; from transencoder.processes import lock; lock(pathlib.Path(sys.argv[1])); input()"
