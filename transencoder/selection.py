@@ -73,6 +73,8 @@ def agreement(first: Path, second: Path) -> float:
 
 def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The scores of a file, float [pairs], and for each pair the number by which it is known, uint64 [pairs]."""
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a file of scores, nor any other file")
     scores, pairs = [], []
     try:
         with pq.ParquetFile(path) as file:
