@@ -1,11 +1,14 @@
 """A tiny random BERT, and what runs the scripts as a user does."""
 
+import functools
 import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it when they are import
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import warm
+
+SHARED = "TRANSENCODER_TESTS"  # environment variable: the folder and the process that all workers of pytest share
 WORDS = [
     "how",
     "do",
@@ -193,20 +202,42 @@ def cross_encoder(tiny_bert, tmp_path_factory) -> Path:
     return folder
 
 
-def launch_command(script: str, *words: object, processes: int = 1, direct: bool = False, config: str = "") -> dict:
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        os.environ[SHARED] = f"{tempfile.mkdtemp()}:{os.getpid()}"
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[SHARED].rpartition(":")[0], ignore_errors=True)
+
+
+@functools.cache
+def warm_python() -> warm.Warm:
+    """The warm Python of all tests; started by the first one that asks for it."""
+    folder, _, owner = os.environ[SHARED].rpartition(":")
+    with FileLock(Path(folder) / "lock"):
+        return warm.Warm(Path(folder) / "warm", int(owner))
+
+
+def launch_command(
+    script: str, *words: object, processes: int = 1, direct: bool = False, config: str = "", cold: bool = False
+) -> dict:
     """`args` and `env` of a subprocess that runs a script: through `accelerate launch`, or `direct`ly with Python.
 
     Args:
         config: name of one of `accelerate_configs/`; by default cpu for one process, multi_gpu (over gloo) for more.
+        cold: with a Python that begins with nothing imported, which takes ten seconds longer.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    python = sys.executable if cold else str(warm_python().path / "python")
     config = config or ("cpu" if processes == 1 else "multi_gpu")
     if config in ("cpu", "multi_gpu"):
         environment["ACCELERATE_USE_CPU"] = "true"  # "--cpu --num_processes 2" would silently run one process
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher = [python, "-m", "accelerate.commands.accelerate_cli", "launch"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
     launcher += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    command = [sys.executable] if direct else launcher
+    command = [python] if direct else launcher
     return {"args": [*command, str(ROOT / "scripts" / script), *map(str, words)], "env": environment}
 
 

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, make_tokenizer, random_pairs, write_jsonl
+from conftest import ROOT, make_tokenizer, random_pairs, warm_python, write_jsonl
 
 DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 
 
-def drive(*words, path_first=None):
+def drive(*words):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+    environment["PATH"] = f"{warm_python().path}:{environment['PATH']}"
     return subprocess.run(
         [*DRIVER, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900
     )

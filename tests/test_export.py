@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import subprocess
-import sys
 
 import datasets
 import mteb
@@ -11,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, warm_python
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
@@ -43,7 +42,7 @@ def saved(tiny_bert, tmp_path_factory):
 def exported(saved, tmp_path_factory):
     """The bi-encoder's ONNX file, made as a person makes it."""
     folder = tmp_path_factory.mktemp("exported") / "bi"
-    command = [sys.executable, ROOT / "scripts/export_onnx.py", saved / "bi", folder]
+    command = [warm_python().path / "python", ROOT / "scripts/export_onnx.py", saved / "bi", folder]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(result.stderr.splitlines()) == 1 and str(folder / "model.onnx") in result.stderr

@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, launch, random_pairs, write_jsonl
+from conftest import ROOT, launch, random_pairs, warm_python, write_jsonl
 from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 
@@ -566,7 +566,7 @@ def test_a_stage_pushes_what_it_made_and_does_not_fail_with_the_hub(server, tiny
 
 def drive(*words):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
+    environment["PATH"] = f"{warm_python().path}:{environment['PATH']}"
     command = ["bash", ROOT / "scripts/run_transencoder.sh", *words, "--launcher", "python"]
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900

@@ -5,11 +5,10 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, warm_python
 
 from transencoder.arguments import read_recipe
 
@@ -44,7 +43,7 @@ def test_from_sentences_to_a_search_and_a_list_of_duplicates(tiny_bert, tmp_path
     assert quickstart == ["bash", "scripts/quickstart.sh"] and activate == ["source", ".venv/bin/activate"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "PATH": f"{warm_python().path}:{os.environ['PATH']}",
     }
 
     def run(words):
@@ -66,7 +65,8 @@ def test_from_sentences_to_a_search_and_a_list_of_duplicates(tiny_bert, tmp_path
     found = run(search)
     assert len(found.stdout.splitlines()) == 12  # the query, ten results, the time
     assert "1443 sentences, 1443 of them new" in found.stderr
-    assert re.fullmatch(r"recall@10 of \d+ queries: retrieved [\d.]+, re-ranked [\d.]+\n", run(recall).stdout)
-    run([*duplicates, "--threshold", "0"])
+    found = run([*recall, "--candidates", "12"])
+    assert re.fullmatch(r"recall@10 of \d+ queries: retrieved [\d.]+, re-ranked [\d.]+\n", found.stdout)
+    run([*duplicates, "--threshold", "0", "--neighbours", "5"])
     with (tmp_path / "d.csv").open(newline="") as stream:
         assert set(next(csv.DictReader(stream))) == {"cluster", "size", "score", "sentence"}

@@ -1,5 +1,6 @@
 """A run that was killed, or asked to stop, and started again ends as one that was left alone."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import launch_command, random_pairs, write_jsonl
+from conftest import launch_command, random_pairs, warm_python, write_jsonl
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -55,10 +56,11 @@ def finish(process):
 
 def kill_all(process):
     """The launcher and everything below it: workers of a killed launcher would go on by themselves."""
-    workers = psutil.Process(process.pid).children(recursive=True)
-    for member in [*workers, process]:
-        member.kill()
-    psutil.wait_procs(workers, timeout=10)
+    members = warm_python().family(process.pid)
+    for member in reversed(members):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(members[1:], timeout=10)
     process.communicate()
 
 
@@ -111,7 +113,8 @@ def test_a_signal_saves_and_stops(number, tiny_bert, corpus, scores, tmp_path):
     given = [*words("cross", tiny_bert, corpus, scores, output), "--checkpointing_steps", "0"]
     process = start(*given)
     wait_for(process, lambda: (output / "checkpoints").exists())  # the first evaluation has kept a model
-    worker = psutil.Process(process.pid).children(recursive=True)[-1]
+    worker = warm_python().family(process.pid)[-1]
+    assert worker.name() == "worker"
     worker.send_signal(number)
     code, error = finish(process)
     assert code != 0 and "stopped by a signal after step" in error

@@ -23,24 +23,19 @@ import pyarrow.parquet as pq
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(ROOT / "tests"))
 
 import warm
+from warm import BASE, Warm
 
-ACCELERATE = f"{sys.executable} -m accelerate.commands.accelerate_cli launch --num_cpu_threads_per_process 1"
+ACCELERATE = "accelerate launch --num_cpu_threads_per_process 1"
 CONFIGS = ROOT / "accelerate_configs"
-# How the driver starts a stage. `warm` has its imports behind it (see warm.py); the others are what a person types.
+# How the driver starts a stage. All but `cold` have their imports behind them (see warm.py).
 LAUNCHERS = {
-    "warm": "python",
-    "python": sys.executable,
+    "python": "python",
+    "cold": sys.executable,
     "accelerate": f"{ACCELERATE} --config_file {CONFIGS / 'cpu.yaml'}",
     "two": f"{ACCELERATE} --config_file {CONFIGS / 'multi_gpu.yaml'} --num_processes 2 --main_process_port 0",
-}
-BASE = {
-    "HF_HUB_OFFLINE": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 AT_WORK = "is at work there"  # what a stage says that finds another one's lock
 STARTED = re.compile(r"\[\d+/\d+\] (.*)")
@@ -97,28 +92,6 @@ class Start:
         return "summary" if title == "cycle 1: measure" and title != titles[-1] else title
 
 
-class Warm:
-    """The warm Python (see warm.py) of a folder."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder.absolute() / "bin"
-        socket = folder.absolute() / "warm.sock"
-        warm.write_client(self.path, socket)
-        command = [sys.executable, str(ROOT / "tests/faults/warm.py"), str(socket)]
-        self.server = subprocess.Popen(command, env=os.environ | BASE)
-        while not socket.exists():
-            assert self.server.poll() is None, "the warm Python did not start"
-            time.sleep(0.1)
-
-    def __enter__(self) -> "Warm":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.server.kill()
-        self.server.wait()
-
-
 class Lane:
     """A place for runs, one after another, with models, data and a cache of its own.
 
@@ -128,7 +101,7 @@ class Lane:
         launcher: a key of `LAUNCHERS`.
     """
 
-    def __init__(self, folder: Path, python: Warm, launcher: str = "warm"):
+    def __init__(self, folder: Path, python: Warm, launcher: str = "python"):
         self.folder, self.python, self.launcher = folder.absolute(), python, launcher
         self.recipe, models, corpus = (self.folder / name for name in ("tiny.yaml", "tiny-bert", "corpus"))
         for path in (corpus, self.folder / "tmp"):
@@ -175,11 +148,11 @@ class Lane:
     def role(self, process: psutil.Process) -> str:
         """driver, launcher (or the client of the warm Python) or worker."""
         try:
-            words = process.cmdline()
+            words, name = process.cmdline(), process.name()
         except psutil.Error:
             return "gone"
-        if any("warm.py" in word for word in words):
-            return "worker"
+        if name in ("launcher", "worker"):
+            return name
         if str(self.python.path) in " ".join(words) or "accelerate.commands" in " ".join(words):
             return "launcher"
         return "driver" if words[:1] == ["bash"] else "worker"

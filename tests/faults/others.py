@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import LAUNCHERS, ROOT, Lane, Start, Warm, complain, differences
-from warm import UNPRIVILEGED
+from harness import LAUNCHERS, ROOT, Lane, Start, complain, differences
+from warm import UNPRIVILEGED, Warm
 
 
 @dataclass
@@ -180,26 +180,26 @@ def closed(lane: Lane, names: tuple[str, ...] = CLOSED, run_after: bool = True) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="warm")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="python")
     parser.add_argument("--only", nargs="*", default=["output", "cache", "cut", "closed"])
     arguments = parser.parse_args()
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    with Warm(arguments.output_dir / "warm") as python:
-        lane = Lane(arguments.output_dir / "lane", python, arguments.launcher)
-        lane.run_whole()
-        faults = {
-            "output": lambda: full_output(lane),
-            "cache": lambda: full_cache(lane),
-            "cut": lambda: damaged(lane, lane.folder / "whole-0"),
-            "closed": lambda: closed(lane),
-        }
-        for name in arguments.only:
-            if os.geteuid() and name in ("output", "cache"):
-                print(f"{name}: needs root, left out", file=sys.stderr)
-                continue
-            for said in faults[name]():
-                line = said.line.replace(str(lane.folder), "DIR").replace(str(ROOT), "ROOT")
-                print(f"| {said.fault} | {said.stage} | {said.code} | {line} |", flush=True)
+    python = Warm(arguments.output_dir / "warm", os.getpid())
+    lane = Lane(arguments.output_dir / "lane", python, arguments.launcher)
+    lane.run_whole()
+    faults = {
+        "output": lambda: full_output(lane),
+        "cache": lambda: full_cache(lane),
+        "cut": lambda: damaged(lane, lane.folder / "whole-0"),
+        "closed": lambda: closed(lane),
+    }
+    for name in arguments.only:
+        if os.geteuid() and name in ("output", "cache"):
+            print(f"{name}: needs root, left out", file=sys.stderr)
+            continue
+        for said in faults[name]():
+            line = said.line.replace(str(lane.folder), "DIR").replace(str(ROOT), "ROOT")
+            print(f"| {said.fault} | {said.stage} | {said.code} | {line} |", flush=True)
 
 
 if __name__ == "__main__":

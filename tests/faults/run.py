@@ -14,6 +14,7 @@ have had so far; then it is left alone. What is hit by which signal is drawn, to
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import sys
@@ -22,7 +23,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from harness import AT_WORK, HANGS, LAUNCHERS, Lane, Warm, complain, differences, draw_target, stage_seconds
+from harness import AT_WORK, HANGS, LAUNCHERS, Lane, complain, differences, draw_target, stage_seconds
+from warm import Warm
 
 RECORD = "faults.jsonl"
 
@@ -33,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--lanes", type=int, default=2, help="runs side by side, each on a core of its own")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="warm", help="how a stage is started; see harness.py")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="python", help="what starts a stage: see harness.py")
     parser.add_argument("--table", action="store_true", help="only print the tables of what is there")
     return parser.parse_args()
 
@@ -167,13 +169,13 @@ def main() -> None:
     record = Record(arguments.output_dir / RECORD)
     if not arguments.table:
         shutil.rmtree(arguments.output_dir / "warm", ignore_errors=True)
-        with Warm(arguments.output_dir / "warm") as python:
-            context = multiprocessing.get_context("fork")
-            lanes = [context.Process(target=work, args=(arguments, n, python)) for n in range(arguments.lanes)]
-            for lane in lanes:
-                lane.start()
-            for lane in lanes:
-                lane.join()
+        python = Warm(arguments.output_dir / "warm", os.getpid())
+        context = multiprocessing.get_context("fork")
+        lanes = [context.Process(target=work, args=(arguments, n, python)) for n in range(arguments.lanes)]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
         if any(lane.exitcode for lane in lanes):
             sys.exit("a lane ended early, see above")
     entries = record.read()

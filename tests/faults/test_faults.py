@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import others
-from harness import AT_WORK, Lane, Warm, complain, differences
+from conftest import warm_python
+from harness import AT_WORK, Lane, complain, differences
 
 from transencoder import processes
 from transencoder.errors import BrokenRun, FullDisk, InputError, one_line_errors, storage_error, writing
@@ -34,11 +35,9 @@ IS_ROOT = os.geteuid() == 0
 
 @pytest.fixture(scope="module")
 def lane(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    with Warm(folder / "warm") as python:
-        lane = Lane(folder / "lane", python)
-        lane.run_whole(times=1)
-        yield lane
+    lane = Lane(tmp_path_factory.mktemp("faults") / "lane", warm_python())
+    lane.run_whole(times=1)
+    return lane
 
 
 @pytest.mark.slow
