@@ -10,22 +10,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.parsing import answer_early
+
+STAGE = "distill_bi2cross"
+answer_early(STAGE, __doc__)
+
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from transencoder.data import PairInputs
-from transencoder.encoders import CrossEncoder, check_cross_encoder, check_language_model
+from transencoder.encoders import CrossEncoder
 from transencoder.errors import one_line_errors
 from transencoder.files import write_run
 from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
+from transencoder.model_names import check_cross_encoder, check_language_model
 from transencoder.pools import swap_of
 from transencoder.runtime import log
 from transencoder.scoring import order_matters, pseudo_labels, read_label_pairs
 from transencoder.selection import hold_out, training_rows
 from transencoder.tasks import load_dev
 from transencoder.training import Batch, begin, count_pieces, finish, train
-
-STAGE = "distill_bi2cross"
 
 
 @one_line_errors

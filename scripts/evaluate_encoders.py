@@ -10,19 +10,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.parsing import answer_early
+
+STAGE = "evaluate_encoders"
+answer_early(STAGE, __doc__)
+
 import numpy as np
 
-from transencoder.arguments import parse_stage
-from transencoder.encoders import check_encoders, inspect_encoder
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
 from transencoder.files import claim, write_json, write_run, write_text
+from transencoder.model_names import check_encoders, inspect_encoder
 from transencoder.paper import check_setting
+from transencoder.parsing import parse_stage
 from transencoder.runtime import log, start, start_trackers
 from transencoder.scoring import Teachers, score_with
 from transencoder.tasks import expand_groups, load_task
-
-STAGE = "evaluate_encoders"
 
 
 @one_line_errors

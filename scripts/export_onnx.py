@@ -13,10 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import StageParser
-from transencoder.encoders import check_encoders, load_encoder
+from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.export import ONNX_FILE, check_packages, export_onnx
+from transencoder.model_names import check_encoders
+from transencoder.parsing import StageParser
 from transencoder.runtime import log, quiet_libraries
 
 

@@ -16,9 +16,9 @@ import datasets
 
 from transencoder.clusters import candidate_pairs, communities
 from transencoder.embeddings import embed
-from transencoder.encoders import check_bi_encoder, check_cross_encoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.files import model_identity, write_text
+from transencoder.model_names import check_bi_encoder, check_cross_encoder
 from transencoder.neighbours import vector_index
 from transencoder.parts import Parts
 from transencoder.runtime import log, start

@@ -13,11 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import parse_stage
-from transencoder.encoders import check_bi_encoders
+from transencoder.parsing import answer_early
+
+STAGE = "mine_pairs"
+answer_early(STAGE, __doc__)
+
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
 from transencoder.mining import Sides, mine_to_file, parse_mix, wanted_pairs
+from transencoder.model_names import check_bi_encoders
+from transencoder.parsing import parse_stage
 from transencoder.pools import read_sentence_pool
 from transencoder.runtime import log, log_next, start
 from transencoder.scoring import check_output, scores_are_there
@@ -25,7 +30,7 @@ from transencoder.scoring import check_output, scores_are_there
 
 @one_line_errors
 def main() -> None:
-    arguments = parse_stage("mine_pairs", __doc__)
+    arguments = parse_stage(STAGE, __doc__)
     output, facts = Path(arguments.output), identity(arguments)
     sources = parse_mix(arguments.mix)
     check_output(output)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.hub import remember
 from transencoder.options import HubTarget
+from transencoder.parsing import StageParser
 from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
 from transencoder.releases import check_run_target
 from transencoder.runtime import quiet_libraries

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import StageParser
 from transencoder.errors import InputError, one_line_errors
 from transencoder.files import RUN_FILE
 from transencoder.hub import Repository, check_target, push, recall, remember, stage_repository
 from transencoder.options import HubTarget
+from transencoder.parsing import StageParser
 from transencoder.releases import run_repositories
 from transencoder.runtime import quiet_libraries
 

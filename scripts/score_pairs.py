@@ -10,10 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import parse_stage
-from transencoder.encoders import check_encoders
+from transencoder.parsing import answer_early
+
+STAGE = "score_pairs"
+answer_early(STAGE, __doc__)
+
 from transencoder.errors import one_line_errors
 from transencoder.files import identity
+from transencoder.model_names import check_encoders
+from transencoder.parsing import parse_stage
 from transencoder.pools import check_both_orders, is_ordered, read_pool
 from transencoder.runtime import log, log_next, start
 from transencoder.scoring import Teachers, check_output, score_to_file, scores_are_there
@@ -21,7 +26,7 @@ from transencoder.scoring import Teachers, check_output, score_to_file, scores_a
 
 @one_line_errors
 def main() -> None:
-    arguments = parse_stage("score_pairs", __doc__)
+    arguments = parse_stage(STAGE, __doc__)
     output, facts = Path(arguments.output), identity(arguments)
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
     facts |= {"ordered": True} if ordered else {}

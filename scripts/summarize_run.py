@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.arguments import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import origin
 from transencoder.files import write_text
+from transencoder.parsing import StageParser
 from transencoder.runtime import log_next
 from transencoder.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
 

@@ -202,6 +202,21 @@ def cross_encoder(tiny_bert, tmp_path_factory) -> Path:
     return folder
 
 
+def save_telling_encoders(folder: Path, tiny_bert: Path, max_lengths: tuple = (None, None)) -> None:
+    """Folders "bi" and "cross", with weights so large that scores differ. `max_lengths`: of the two, in tokens."""
+    from transencoder.encoders import BiEncoder, CrossEncoder
+
+    torch.manual_seed(0)
+    encoders = {"bi": BiEncoder.from_pretrained(str(tiny_bert), "mean", max_lengths[0])}
+    encoders["cross"] = CrossEncoder.from_pretrained(str(tiny_bert), max_lengths[1])
+    for parameter in encoders["bi"].parameters():
+        parameter.data.mul_(10 if parameter.ndim > 1 else 1)
+    encoders["cross"].backbone.classifier.weight.data.mul_(50)
+    for kind, encoder in encoders.items():
+        (folder / kind).mkdir()
+        encoder.save_pretrained(folder / kind)
+
+
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         os.environ[SHARED] = f"{tempfile.mkdtemp()}:{os.getpid()}"

@@ -29,9 +29,10 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from transencoder.encoders import BiEncoder, CrossEncoder, inspect_encoder, load_encoder
+from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.export import export_onnx
 from transencoder.files import MODEL_FILES
+from transencoder.model_names import inspect_encoder
 from transencoder.scoring import PreparedPairs, score_prepared
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)

@@ -8,19 +8,12 @@ import pytest
 import yaml
 from conftest import random_pairs, write_jsonl
 
-from transencoder.arguments import (
-    DRIVER,
-    LIMITS,
-    POSITIVE,
-    STAGES,
-    ContrastiveArguments,
-    as_options,
-    parse_stage,
-    read_recipe,
-)
+from transencoder.arguments import LIMITS, POSITIVE, STAGES, ContrastiveArguments
 from transencoder.encoders import BiEncoder
 from transencoder.errors import InputError, one_line_errors
+from transencoder.parsing import parse_stage
 from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
+from transencoder.recipes import DRIVER, as_options, read_recipe
 from transencoder.tool_arguments import DemoArguments, DuplicatesArguments, SearchArguments
 
 CROSS = ["--model_name_or_path", "bert", "--scores", "s.parquet", "--output_dir", "out"]

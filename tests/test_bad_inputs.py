@@ -30,19 +30,22 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from transencoder.arguments import DRIVER, STAGES, as_options, parse_stage, read_recipe
-from transencoder.encoders import check_encoders, check_language_model, load_encoder
+from transencoder.arguments import STAGES
+from transencoder.encoders import load_encoder
 from transencoder.errors import one_line_errors
 from transencoder.files import claim
 from transencoder.hub import recall, stage_repository
 from transencoder.index import check_index
+from transencoder.model_names import check_encoders, check_language_model
 from transencoder.options import HubTarget
+from transencoder.parsing import parse_stage
 from transencoder.plan import load_plan, to_shell
+from transencoder.recipes import DRIVER, as_options, read_recipe
 from transencoder.scoring import read_facts
 from transencoder.summary import read_results
 from transencoder.tables import read_pairs, read_sentences
 from transencoder.tasks import load_task
-from transencoder.tool_arguments import DuplicatesArguments, SearchArguments, parse_tool
+from transencoder.tool_arguments import DemoArguments, DuplicatesArguments, SearchArguments, parse_tool
 
 LONGER = int(os.environ.get("FUZZ_EXAMPLES", 0))
 SECONDS = 30  # after which a case counts as hanging
@@ -575,19 +578,18 @@ def test_any_words_are_arguments_or_refused(words):
     outcome(lambda: vars(parse_stage(stage, argv=argv)), ("arguments", stage, argv))
 
 
+TOOL_OPTIONS = ["top_k", "candidates", "threshold", "neighbours", "pooling", "seed", "shard_rows", "query", "host"]
+TOOL_OPTIONS += ["port", "run"]
+
+
 @cases(60)
 @given(
-    tool=st.sampled_from([SearchArguments, DuplicatesArguments]),
-    values=st.dictionaries(
-        st.sampled_from(["top_k", "candidates", "threshold", "neighbours", "pooling", "seed", "shard_rows", "query"]),
-        OPTION_VALUES,
-        max_size=2,
-    ),
+    tool=st.sampled_from([SearchArguments, DuplicatesArguments, DemoArguments]),
+    values=st.dictionaries(st.sampled_from(TOOL_OPTIONS), OPTION_VALUES, max_size=2),
 )
 def test_any_words_are_arguments_of_a_tool_or_refused(tool, values):
-    required = {"bi_encoder": "x", "cross_encoder": "x", "index": "x", "output": "x", "sentences": "x"}
-    if tool is DuplicatesArguments:
-        required.pop("index")
+    fields = {field.name: field for field in dataclasses.fields(tool)}
+    required = {name: "x" for name, field in fields.items() if field.default is dataclasses.MISSING}
     argv = sys.argv
     sys.argv = ["tool.py", *as_options({**required, **values})]
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, launch, random_pairs, write_jsonl
+from conftest import ROOT, launch, random_pairs, warm_python, write_jsonl
 from safetensors.numpy import load_file
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -202,7 +202,7 @@ def drive(recipe, run):
     """The same on this machine, with one process."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "PATH": f"{warm_python().path}:{os.environ['PATH']}",
     }
     command = ["bash", ROOT / "scripts" / "run_transencoder.sh", "--recipe", recipe, "--output_dir", run]
     result = subprocess.run(

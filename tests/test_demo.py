@@ -10,16 +10,15 @@ import subprocess
 import datasets
 import numpy as np
 import pytest
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import launch_command, random_sentences
+from conftest import launch_command, random_sentences, save_telling_encoders
 
 from transencoder import demo as demo_module
 from transencoder.demo import Choice, Demo, choose_models
 from transencoder.embeddings import run_on_texts
-from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
+from transencoder.encoders import load_encoder
 from transencoder.errors import InputError
 from transencoder.files import write_json
 from transencoder.index import index_in_memory
@@ -35,15 +34,7 @@ def models(bi_encoder, tiny_bert, tmp_path_factory):
     """Folders "start", "bi" and "cross", with weights that make scores differ."""
     folder = tmp_path_factory.mktemp("demo-models")
     (folder / "start").symlink_to(bi_encoder)
-    torch.manual_seed(0)
-    encoders = {"bi": BiEncoder.from_pretrained(str(tiny_bert), "mean")}
-    encoders["cross"] = CrossEncoder.from_pretrained(str(tiny_bert))
-    for parameter in encoders["bi"].parameters():
-        parameter.data.mul_(10 if parameter.ndim > 1 else 1)
-    encoders["cross"].backbone.classifier.weight.data.mul_(50)
-    for kind, encoder in encoders.items():
-        (folder / kind).mkdir()
-        encoder.save_pretrained(folder / kind)
+    save_telling_encoders(folder, tiny_bert)
     return {kind: str(folder / kind) for kind in ("start", "bi", "cross")}
 
 

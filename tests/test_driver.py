@@ -250,7 +250,7 @@ def test_the_driver_refuses_what_it_does_not_know():
 
 def parsed(words):
     """A script's arguments from the words after the launcher, by the script's own parser."""
-    from transencoder.arguments import parse_stage
+    from transencoder.parsing import parse_stage
 
     while not words[0].endswith(".py"):
         words = words[1:]
@@ -315,8 +315,10 @@ def test_the_example_pairs_are_what_their_script_makes(tmp_path):
 
 
 def test_every_recipe_is_understood():
-    from transencoder.arguments import STAGES, as_options, parse_stage, read_recipe
+    from transencoder.arguments import STAGES
+    from transencoder.parsing import parse_stage
     from transencoder.plan import load_plan
+    from transencoder.recipes import as_options, read_recipe
 
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
         recipe = read_recipe(str(path))

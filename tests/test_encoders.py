@@ -31,18 +31,9 @@ from transformers import (
 )
 
 from transencoder import scoring
-from transencoder.encoders import (
-    BiEncoder,
-    CrossEncoder,
-    MLPHead,
-    add_drophead,
-    check_bi_encoder,
-    check_encoders,
-    check_language_model,
-    inspect_encoder,
-    load_encoder,
-)
+from transencoder.encoders import BiEncoder, CrossEncoder, MLPHead, add_drophead, load_encoder
 from transencoder.errors import InputError
+from transencoder.model_names import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
 from transencoder.parts import Parts
 from transencoder.scoring import PreparedPairs, Teachers, score_prepared, score_with
 

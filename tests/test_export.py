@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, warm_python
+from conftest import ROOT, save_telling_encoders, warm_python
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from transencoder import export
-from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
+from transencoder.encoders import load_encoder
 from transencoder.evaluation import Spearman
 
 
@@ -26,15 +26,7 @@ from transencoder.evaluation import Spearman
 def saved(tiny_bert, tmp_path_factory):
     """A bi- and a cross-encoder, with weights that make scores differ."""
     folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
-    encoders = {"bi": BiEncoder.from_pretrained(str(tiny_bert), "mean", 24)}
-    encoders["cross"] = CrossEncoder.from_pretrained(str(tiny_bert), 40)
-    for parameter in encoders["bi"].parameters():
-        parameter.data.mul_(10 if parameter.ndim > 1 else 1)
-    encoders["cross"].backbone.classifier.weight.data.mul_(50)
-    for kind, encoder in encoders.items():
-        (folder / kind).mkdir()
-        encoder.save_pretrained(folder / kind)
+    save_telling_encoders(folder, tiny_bert, max_lengths=(24, 40))
     return folder
 
 

@@ -24,11 +24,11 @@ from huggingface_hub import HfApi, ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 
 from transencoder import card, hub, releases
-from transencoder.arguments import parse_stage
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.files import write_json, write_run
 from transencoder.options import HubTarget
+from transencoder.parsing import parse_stage
 from transencoder.plan import load_plan
 from transencoder.scoring import Teachers, score_with, write_scores
 from transencoder.tables import read_pairs

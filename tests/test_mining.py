@@ -9,9 +9,9 @@ import pytest
 from conftest import launch, random_sentences
 
 from transencoder import mining
-from transencoder.arguments import parse_stage
 from transencoder.errors import InputError
 from transencoder.mining import Miner, Sides, Source, draw, parse_mix, texts_of, wanted_pairs, without_self
+from transencoder.parsing import parse_stage
 from transencoder.parts import Parts
 from transencoder.tables import read_pairs
 

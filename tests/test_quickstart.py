@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, warm_python
 
-from transencoder.arguments import read_recipe
+from transencoder.recipes import read_recipe
 
 
 def commands():

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from conftest import ROOT, random_pairs, random_sentences, write_jsonl
 
-from transencoder.arguments import DRIVER, read_recipe
 from transencoder.encoders import BiEncoder
 from transencoder.plan import TRAINING_STAGES
+from transencoder.recipes import DRIVER, read_recipe
 from transencoder.tasks import TASKS
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

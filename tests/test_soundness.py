@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import transencoder
 from transencoder import files
-from transencoder.arguments import parse_stage
 from transencoder.data import DropoutViews
 from transencoder.encoders import BiEncoder
 from transencoder.errors import BrokenRun, InputError, one_line_errors
 from transencoder.evaluation import origin, result_entries
 from transencoder.files import code_version
+from transencoder.parsing import parse_stage
 from transencoder.plan import check_inputs, load_plan
 from transencoder.pools import read_pool
 from transencoder.scoring import Teachers, read_label_pairs, score_with

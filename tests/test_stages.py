@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs, write_jsonl
 
-from transencoder.encoders import inspect_encoder
+from transencoder.model_names import inspect_encoder
 
 QUICK = [
     "--total_batch_size",

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import random_sentences, write_jsonl
 
-from transencoder import tables
+from transencoder import table_files, tables
 from transencoder.errors import InputError
 from transencoder.tables import PAIRS, blocks, is_hub_id, numbers, read_pairs, read_sentences, sample
 
@@ -45,7 +45,7 @@ def pairs_of(table: datasets.Dataset) -> list[tuple[str, str]]:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Files are read 64 bytes at a time."""
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(table_files, "BLOCK_BYTES", 64)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_missing_file_folder_unknown_suffix_and_empty_file_are_refused(tmp_path)
     (tmp_path / "folder.tsv").mkdir()
     assert refusal(tmp_path / "folder.tsv") == "not a file"
     assert refusal(write(tmp_path / "pairs.xlsx", "a")).startswith("unknown format; known: .txt, .tsv")
-    for suffix in tables.FORMATS:
+    for suffix in table_files.FORMATS:
         (tmp_path / f"empty{suffix}").touch()
         assert refusal(tmp_path / f"empty{suffix}") == "the file is empty"
 

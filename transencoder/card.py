@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 import transencoder
-from transencoder.encoders import Kind, read_pooling
 from transencoder.evaluation import PRIMARY, markdown_table, origin, shown_value
 from transencoder.files import RUN_FILE
+from transencoder.model_names import Kind, read_pooling
 from transencoder.options import HubTarget
 from transencoder.paper import published
 from transencoder.scoring import read_facts

@@ -11,12 +11,13 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
-from transencoder.arguments import read_recipe
 from transencoder.embeddings import score_texts
-from transencoder.encoders import BiEncoder, CrossEncoder, check_bi_encoder, check_cross_encoder, load_encoder
+from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.errors import InputError
 from transencoder.index import Hit, Searcher, SentenceIndex, index_in_memory
+from transencoder.model_names import check_bi_encoder, check_cross_encoder
 from transencoder.neighbours import EXACT_ROWS
+from transencoder.recipes import read_recipe
 from transencoder.runtime import start
 from transencoder.summary import Round, best_round, collect_rounds
 from transencoder.tables import read_sentences

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from scipy import stats
 from torch import nn
 
-from transencoder.encoders import inspect_encoder
 from transencoder.files import code_version
+from transencoder.model_names import inspect_encoder
 from transencoder.paper import published_values, row_of
 from transencoder.scoring import PreparedPairs, score_prepared
 from transencoder.soundness import check_scores

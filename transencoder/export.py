@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from transencoder.encoders import BiEncoder, CrossEncoder, Kind, accepted_inputs
+from transencoder.encoders import BiEncoder, CrossEncoder, accepted_inputs
 from transencoder.errors import InputError
 from transencoder.files import write_folder
+from transencoder.model_names import Kind
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_FILE = "model.onnx"

@@ -15,12 +15,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from transencoder.arguments import STAGES, as_options
+from transencoder.arguments import STAGES
 from transencoder.card import PIPELINES, TAG, CardFacts, render_card
-from transencoder.encoders import Kind, inspect_encoder
 from transencoder.errors import InputError
 from transencoder.files import MODEL_FILES, RUN_FILE, read_json, sha256, write_json
+from transencoder.model_names import Kind, inspect_encoder
 from transencoder.options import HubArguments, HubTarget
+from transencoder.recipes import as_options
 from transencoder.runtime import log
 
 HUB_FILE = "hub.json"  # where a folder's models go

@@ -10,6 +10,11 @@ def option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help, **kwargs}, kw_only=True)
 
 
+def is_text(word: str) -> bool:
+    """Whether it can be written as UTF-8, and be a file's name."""
+    return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
+
+
 @dataclass
 class StageArguments:
     """What every stage takes."""

@@ -9,22 +9,15 @@ from typing import Any
 
 import yaml
 
-from transencoder.arguments import (
-    DRIVER,
-    STAGES,
-    ScoringArguments,
-    as_options,
-    check_numbers,
-    check_options,
-    parse_stage,
-    read_recipe,
-)
-from transencoder.encoders import check_bi_encoder, check_language_model
+from transencoder.arguments import STAGES, ScoringArguments
 from transencoder.errors import InputError, storage_error
 from transencoder.files import difference, write_text
 from transencoder.mining import Sides, parse_mix, wanted_pairs
+from transencoder.model_names import check_bi_encoder, check_language_model
 from transencoder.paper import check_setting
+from transencoder.parsing import check_numbers, parse_stage
 from transencoder.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
+from transencoder.recipes import DRIVER, as_options, check_options, read_recipe
 from transencoder.runtime import trackers
 from transencoder.selection import select_by, training_rows
 from transencoder.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title

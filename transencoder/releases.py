@@ -9,13 +9,13 @@ from typing import Any
 
 import datasets
 
-from transencoder.arguments import read_recipe
 from transencoder.card import CardFacts
-from transencoder.encoders import Kind
 from transencoder.errors import InputError
 from transencoder.hub import Repository, Version, check_target
+from transencoder.model_names import Kind
 from transencoder.options import HubTarget
 from transencoder.plan import Plan, Student, load_plan
+from transencoder.recipes import read_recipe
 from transencoder.summary import Round, best_round, collect_rounds, dev_of, summary_table
 from transencoder.tables import PAIRS, read_pairs
 from transencoder.tasks import expand_groups, load_task

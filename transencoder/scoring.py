@@ -18,25 +18,17 @@ from torch import nn
 from transencoder.arguments import LabelArguments
 from transencoder.data import tokenize, turned, unique_sentences
 from transencoder.embeddings import unit, write_vectors
-from transencoder.encoders import BiEncoder, CrossEncoder, check_encoders, load_encoder
+from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.errors import InputError, storage_error
 from transencoder.files import code_version, difference, identity, write_file
 from transencoder.hub_tables import COMMITS
 from transencoder.inference import each_part, run_sharded
 from transencoder.lexical import lexical_scores
+from transencoder.model_names import check_encoders
 from transencoder.parts import Parts, remove_parts
 from transencoder.pools import is_ordered, read_pool
 from transencoder.soundness import check_no_labels, check_scores
-from transencoder.tables import (
-    MAPPED_BYTES,
-    PAIRS,
-    RANDOM_ROWS,
-    SENTENCES,
-    blocks,
-    numbers,
-    read_pairs,
-    release_pages,
-)
+from transencoder.tables import MAPPED_BYTES, PAIRS, RANDOM_ROWS, SENTENCES, blocks, numbers, read_pairs, release_pages
 from transencoder.tasks import Task
 
 COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose embeddings are gathered at a time

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from transencoder.arguments import read_recipe
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
 from transencoder.files import read_json, write_folder
 from transencoder.paper import row_of
 from transencoder.plan import ENSEMBLE, Student, load_plan
+from transencoder.recipes import read_recipe
 from transencoder.selection import stopped_before
 from transencoder.tasks import title
 

@@ -14,7 +14,8 @@ from transencoder.arguments import TrainingArguments
 from transencoder.errors import InputError
 from transencoder.hub_tables import load_split
 from transencoder.runtime import log
-from transencoder.tables import PAIRS, check_hub_table, column_names, is_hub_id, parse_renaming, read_pairs
+from transencoder.table_files import column_names
+from transencoder.tables import PAIRS, check_hub_table, is_hub_id, parse_renaming, read_pairs
 
 
 @dataclass(frozen=True)

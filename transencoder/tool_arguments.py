@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transencoder.arguments import StageParser, check_numbers
 from transencoder.errors import InputError
 from transencoder.options import option
+from transencoder.parsing import StageParser, check_numbers
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import get_scheduler
 
-from transencoder.arguments import TrainingArguments, parse_stage
+from transencoder.arguments import TrainingArguments
 from transencoder.checkpoints import Checkpoints, check_resumable, remove_checkpoints
 from transencoder.data import LengthWindowSampler, make_loader
 from transencoder.encoders import BiEncoder, CrossEncoder
@@ -27,6 +27,7 @@ from transencoder.evaluation import DevSet, shown_value
 from transencoder.files import claim, place_model, write_folder, write_run
 from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
+from transencoder.parsing import parse_stage
 from transencoder.processes import lock
 from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by

@@ -197,7 +197,7 @@ def test_an_output_has_one_process_at_a_time(tmp_path):
     lock(output)  # it has it
     unlock(output)
     unlock(output)
-    assert not list(tmp_path.iterdir()) and not processes._held
+    assert not list(tmp_path.iterdir()) and not any(tmp_path in path.parents for path in processes._held)
 
 
 def test_only_what_the_dead_left_is_removed(tmp_path):
