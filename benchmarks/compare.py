@@ -5,8 +5,9 @@ python benchmarks/compare.py --bi_encoder MODEL --plm MODEL --pairs FILE --sente
 
 Each run is a process of its own. Its time begins when the libraries are imported and ends when the result is written:
 reading, tokenising, loading the model, every batch, saving. The peer is at its best sensible settings: bf16 autocast
-where ours has it, fused AdamW, the same batch, the same number of steps, no evaluation. With --without, the other side
-is this collection, too, less one of its shortcuts.
+where ours has it, fused AdamW, the same batch, the same number of steps, no evaluation. With --peer authors it trains
+as the paper's authors do: by the `fit` of older versions, float32, plain AdamW. With --without, the other side is this
+collection, too, less one of its shortcuts.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -60,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK")
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="of all trainings (2e-4: for tiny models)")
     parser.add_argument("--dev", help="labelled pairs (column score) that a cycle's models are measured on")
+    parser.add_argument("--peer", choices=("peer", "authors"), default="peer", help="how the peer trains (peer)")
     parser.add_argument("--without", choices=WITHOUT, help="measure what this shortcut brings, in place of the peer")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -143,6 +147,8 @@ def run_peer(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
     """The same with sentence-transformers."""
     if job.script == "score_pairs":
         peer_scores(job, arguments)
+    elif arguments.peer == "authors":
+        authors_train(job, arguments)
     else:
         peer_trains(job, arguments, folder)
 
@@ -205,6 +211,32 @@ def peer_trains(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
     model.save_pretrained(str(job.output))
 
 
+def authors_train(job: Job, arguments: argparse.Namespace) -> None:
+    """The training loop that sentence-transformers had when the paper's code was written, and still has."""
+    from sentence_transformers import CrossEncoder, InputExample, SentenceTransformer, sentence_transformer
+    from torch.utils.data import DataLoader
+
+    if job.script == "train_contrastive":
+        examples = [InputExample(texts=[sentence, sentence]) for sentence in distinct_sentences(arguments)]
+    else:
+        table = pq.read_table(job.scores).to_pylist()
+        examples = [InputExample(texts=[row["sentence1"], row["sentence2"]], label=row["score"]) for row in table]
+    loader = DataLoader(examples, batch_size=BATCH[job.script], shuffle=True)
+    settings = dict(epochs=job.epochs, optimizer_params={"lr": arguments.learning_rate}, show_progress_bar=False)
+    settings["warmup_steps"] = len(loader) * job.epochs // 10 if job.script == "distill_bi2cross" else 0
+    if job.script == "distill_bi2cross":
+        model = CrossEncoder(arguments.plm, num_labels=1, max_length=64)
+        model.old_fit(loader, **settings)
+    else:
+        model = SentenceTransformer(arguments.plm if job.script == "train_contrastive" else arguments.bi_encoder)
+        model.max_seq_length = 32
+        losses = sentence_transformer.losses
+        contrastive = job.script == "train_contrastive"
+        loss = (losses.MultipleNegativesRankingLoss if contrastive else losses.CosineSimilarityLoss)(model)
+        model.old_fit([(loader, loss)], **settings)
+    model.save_pretrained(str(job.output))
+
+
 def use_gpu() -> bool:
     import torch
 
@@ -248,7 +280,7 @@ def worker(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         for job in jobs:
-            if side == "peer":
+            if side == arguments.peer:
                 run_peer(job, arguments, folder)
             else:
                 run_ours(job, arguments, without=None if side == "ours" else side)
@@ -313,7 +345,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(arguments, folder)
-        other = arguments.without or "peer"
+        other = arguments.without or arguments.peer
         against = f"without {other}" if arguments.without else other
         print(
             f"| work | speed, ours / {against}: median (min - max) | peak memory above the imports, ours / {against} |"
