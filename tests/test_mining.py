@@ -6,11 +6,21 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import launch, random_sentences
+from conftest import launch, random_sentences, save_telling_encoders
 
 from transencoder import mining
 from transencoder.errors import InputError
-from transencoder.mining import Miner, Sides, Source, draw, parse_mix, texts_of, wanted_pairs, without_self
+from transencoder.mining import (
+    Miner,
+    Sides,
+    Source,
+    draw,
+    parse_mix,
+    spread_evenly,
+    texts_of,
+    wanted_pairs,
+    without_self,
+)
 from transencoder.parsing import parse_stage
 from transencoder.parts import Parts
 from transencoder.tables import read_pairs
@@ -99,6 +109,16 @@ def test_a_key_names_a_pair_in_either_order_where_there_is_one_side():
     two = Sides(table("abcd"), table("wxyz"))
     assert two.keys(rows, others).tolist() == [7, 13]
     assert texts_of(two, np.asarray([7, 13]), np.random.default_rng(0)) == (["b", "d"], ["z", "x"])
+
+
+def test_pairs_are_spread_evenly_over_the_cosine():
+    similarities = np.float32([-0.5] * 10 + [0.05] * 30 + [0.15] * 2 + [0.95] * 40 + [1.0] * 8)
+    kept = spread_evenly(similarities, 32, np.random.default_rng(0))
+    assert (np.diff(kept) > 0).all()
+    # Two where there are no more; half of the rest each, below 0.1 and above 0.9.
+    assert [(kept < 40).sum(), ((kept >= 40) & (kept < 42)).sum(), (kept >= 42).sum()] == [15, 2, 15]
+    assert len(spread_evenly(similarities, 90, np.random.default_rng(0))) == 90
+    assert not np.array_equal(kept, spread_evenly(similarities, 32, np.random.default_rng(1)))
 
 
 # --- the miner -------------------------------------------------------------------------------------------------------
@@ -220,6 +240,20 @@ def test_the_script_writes_pairs_a_picture_and_counts(bi_encoder, sentences, tmp
         assert run_script("mine_pairs.py", *words, *mix, "--output", path, "--seed", seed).returncode == 0
         found[seed] = pq.read_table(path).to_pydict()
     assert found[2021] == pq.read_table(output).to_pydict() != found[5]
+
+
+def test_of_more_pairs_those_are_kept_that_are_spread_evenly(tiny_bert, sentences, tmp_path, run_script):
+    save_telling_encoders(tmp_path, tiny_bert)
+    words = ["--encoders", tmp_path / "bi", "--sentences", sentences, "--num_pairs", 100]
+    widths = {}
+    for spread in (1, 5):
+        output = tmp_path / f"{spread}.parquet"
+        result = run_script("mine_pairs.py", *words, "--output", output, "--spread", spread)
+        assert result.returncode == 0, result.stderr
+        rows = pq.read_table(output).to_pandas()
+        assert len(rows) == 100 and ("spread evenly" in result.stderr) == (spread > 1)
+        widths[spread] = np.histogram(rows.similarity.clip(0, 1), 10, (0, 1))[0].std()
+    assert widths[5] < widths[1]
 
 
 def test_two_sides_pair_a_sentence_of_each(bi_encoder, tmp_path, run_script):

@@ -240,6 +240,11 @@ class MiningArguments(ShardArguments, StageArguments):
         f"with a band of ranks as in nearest:4-20 if so wished, or random. Default: {' '.join(DEFAULT_MIX)}.",
         None,
     )
+    spread: int = option(
+        "Look for this many times as many pairs, and keep those whose cosines are spread evenly from 0 to 1. 1: keep "
+        "what the mix gives.",
+        1,
+    )
     histogram: str | None = option("PNG with the similarities of each source. Default: beside the output.", None)
     data_dir: str | None = option("Folder with the pools that --sentences names; without it they come by Hub.", None)
     pooling: Literal["cls", "mean"] | None = option(
@@ -293,6 +298,7 @@ LIMITS = {
     "num_training_pairs": (2, None),
     "num_extra_pairs": (1, None),
     "num_pairs": (1, None),
+    "spread": (1, None),
     "max_length": (3, None),
     "seed": (0, 2**32 - 1),
     "warmup_ratio": (0, 1),

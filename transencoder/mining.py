@@ -33,6 +33,7 @@ WRITTEN_ROWS = 65_536  # pairs of a Parquet row group
 LEXICAL_ROWS = 100_000  # above it, a sentence's lexical neighbours are those in a random part of about this size
 SOURCE = re.compile(r"(lexical|nearest)(?::(\d+)-(\d+))?|random")
 BINS = np.linspace(-1.0, 1.0, 81)
+SPREAD_BANDS = 10  # of the cosine from 0 to 1; the lowest has the pairs below 0, too
 
 
 @dataclass(frozen=True)
@@ -281,24 +282,56 @@ def texts_of(sides: Sides, keys: np.ndarray, rng: np.random.Generator) -> tuple[
     return sides.first[rows]["sentence"], sides.second[others]["sentence"]
 
 
-def mined_blocks(miner: Miner, counts: np.ndarray) -> Iterator[pa.Table]:
+def cosines(miner: Miner, keys: np.ndarray) -> np.ndarray:
+    """The similarity of each pair: float32 [pairs]."""
+    rows, others = np.divmod(keys, len(miner.sides.second))
+    return np.einsum("nd,nd->n", miner.vectors[0][rows], miner.vectors[1][others]).astype(np.float32)
+
+
+def spread_evenly(similarities: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """Which pairs to keep so that there are as many of each similarity.
+
+    A band that has too few gives all it has, and the others make up for it.
+
+    Args:
+        similarities: float32 [pairs], cosines.
+        wanted: how many to keep.
+    Returns:
+        int64 [wanted], places in `similarities`, ascending; all, where there are no more than that.
+    """
+    bands = (similarities.clip(0, 1 - 1e-6) * SPREAD_BANDS).astype(int)
+    members = [rng.permutation(np.flatnonzero(bands == band)) for band in range(SPREAD_BANDS)]
+    kept, left = [], wanted
+    for done, rows in enumerate(sorted(members, key=len)):
+        kept.append(rows[: left // (SPREAD_BANDS - done)])
+        left -= len(kept[-1])
+    return np.sort(np.concatenate(kept))
+
+
+def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.Table]:
     """What was found, block by block: sentence1, sentence2, source, similarity.
 
     Args:
+        wanted: how many pairs; where more were found, they are spread evenly.
         counts: int64 [sources, bins of `BINS`], to which the pairs' similarities are added.
     """
-    sides, (first, second) = miner.sides, miner.vectors
+    sides = miner.sides
     keys, origins = miner.mine()
+    if len(keys) > wanted:
+        blocks = range(0, len(keys), WRITTEN_ROWS)
+        similarities = np.concatenate([cosines(miner, keys[start : start + WRITTEN_ROWS]) for start in blocks])
+        kept = spread_evenly(similarities, wanted, miner._rng(0, "spread"))
+        log(f"{len(kept)} of {len(keys)} pairs are kept, spread evenly over the cosine")
+        keys, origins = keys[kept], origins[kept]
     names = pa.array([source.name for source in miner.sources])
     for block, start in enumerate(range(0, len(keys), WRITTEN_ROWS)):
         some, origin = keys[start : start + WRITTEN_ROWS], origins[start : start + WRITTEN_ROWS]
         texts = texts_of(sides, some, miner._rng(0, "turn", block))
-        rows, others = np.divmod(some, len(sides.second))
-        similarity = np.einsum("nd,nd->n", first[rows], second[others])
+        similarity = cosines(miner, some)
         for number, row in enumerate(counts):
             row += np.histogram(similarity[origin == number].clip(-1, 1), BINS)[0]
         different = np.asarray([one != other for one, other in zip(*texts, strict=True)])  # two sides may share one
-        columns = [*texts, names.take(pa.array(origin)), similarity.astype(np.float32)]
+        columns = [*texts, names.take(pa.array(origin)), similarity]
         yield pa.table(columns, names=[*PAIRS, "source", "similarity"]).filter(pa.array(different))
 
 
@@ -311,6 +344,7 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     output = Path(arguments.output)
     sources = parse_mix(arguments.mix)
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
+    looked_for = [arguments.spread * number for number in wanted]
     parts = Parts(output, facts, arguments.shard_rows, accelerator)
     encoders, batch_tokens, pooling = arguments.encoders, arguments.eval_batch_tokens, arguments.pooling
     vectors = [
@@ -319,11 +353,11 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     ]
     if not accelerator.is_main_process:
         return  # it has nothing more to do, and the others' search may take long
-    miner = Miner(sides, (vectors[0], vectors[-1]), sources, wanted, arguments.seed, parts, accelerator)
+    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, parts, accelerator)
     counts = np.zeros((len(sources), len(BINS) - 1), dtype=np.int64)
 
     def blocks_and_picture() -> Iterator[pa.Table]:
-        yield from mined_blocks(miner, counts)
+        yield from mined_blocks(miner, sum(wanted), counts)
         # The pairs, whose appearance says that all is done, come last.
         plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
 
