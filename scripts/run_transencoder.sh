@@ -80,6 +80,9 @@ if ((${#seeds[@]})); then
 fi
 read -ra launcher <<<"$launcher"
 
+python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("accelerate"))' &>/dev/null ||
+  fail "$(command -v python || echo python) has not the packages of requirements.txt; activate the environment that has: source .venv/bin/activate"
+
 # Checks the recipe and everything it names, and defines CYCLES, NAMES, PAIRS, ... (one array element for each student).
 plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:+--hub_model_id "$push"} \
   ${plan_flags[@]+"${plan_flags[@]}"}) || ended $? "checking the recipe"
@@ -97,6 +100,7 @@ trap 'stopped=1' USR1  # the stage that runs gets one of its own, and ends
 
 students=${#NAMES[@]} done_count=0 redone="" mined=0
 total=$((1 + CYCLES * (ALTERNATE ? 3 + 2 * students : 2 + students)))
+((${#TASKS[@]})) || total=$((total - 1 - CYCLES))
 ((${#PAIRS[@]})) || total=$((total + (REMINE ? CYCLES : 1)))
 for ready in "${READY_BI[@]}"; do [[ $ready ]] || total=$((total + 1)); done
 
@@ -124,6 +128,15 @@ await() {
     ((SECONDS - since < patience)) || { echo "run_transencoder.sh: no '$2' from $name in $patience s (--patience)" >&2; exit 1; }
     sleep 2
   done
+}
+
+# measure TITLE FOLDER ENCODER...: the tables of some encoders, where the recipe names anything to measure them on.
+measure() {
+  local title=$1 folder=$2
+  shift 2
+  ((${#TASKS[@]})) || return 0
+  stage 0 "$title" "$folder" evaluate_encoders.py --encoders "$@" --tasks "${TASKS[@]}" "${DATA[@]}" "${ENSEMBLES[@]}" \
+    --output_dir "$folder"
 }
 
 # stage OWNER TITLE OUTPUT SCRIPT ARGUMENT...: run a script unless its output is complete. OWNER is the student whose stage it
@@ -192,8 +205,7 @@ done
 start=("${bi[@]}")
 # What the students of the next cycle begin with.
 bi_from=("${start[@]}") cross_from=("${CROSS_PLMS[@]}") carry=()
-stage 0 "measure the start" "$run/start" evaluate_encoders.py --encoders "${start[@]}" --tasks "${TASKS[@]}" "${DATA[@]}" \
-  "${ENSEMBLES[@]}" --output_dir "$run/start"
+measure "measure the start" "$run/start" "${start[@]}"
 push
 
 for ((cycle = 1; cycle <= CYCLES; cycle++)); do
@@ -232,8 +244,7 @@ for ((cycle = 1; cycle <= CYCLES; cycle++)); do
   done
   if [[ $CARRY_OVER ]]; then bi_from=("${bi[@]}") cross_from=("${cross[@]}") carry=(--carry_over=True); fi
 
-  stage 0 "cycle $cycle: measure" "$folder" evaluate_encoders.py --encoders "${cross[@]}" "${bi[@]}" --tasks "${TASKS[@]}" \
-    "${DATA[@]}" "${ENSEMBLES[@]}" --output_dir "$folder"
+  measure "cycle $cycle: measure" "$folder" "${cross[@]}" "${bi[@]}"
   push
 done
 

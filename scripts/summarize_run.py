@@ -33,14 +33,19 @@ def parse() -> argparse.Namespace:
 
 
 def write_summary(run: Path, rounds: list[Round]) -> None:
-    plot_progress(run / "progress.png", rounds)
-    table, best = summary_table([rounds]), keep_best(run, rounds)
+    measured, written = bool(rounds[0].values), [f"{run}/results.md", f"{run}/best/"]
+    table, notes = "Nothing was measured: the recipe names neither `tasks` nor `dev`.\n", ""
+    if measured:
+        plot_progress(run / "progress.png", rounds)
+        written.insert(1, f"{run}/progress.png")
+        table, notes = summary_table([rounds]), NOTES
+    best = keep_best(run, rounds)
     lines = "\n".join(f"- {line}" for line in best)
-    made = origin([entry for round_ in rounds for entry in round_.entries])
-    write_text(run / "results.md", f"# {run.name}\n\n{table}{NOTES}\n{lines}\n\n{made}")
+    made = origin([entry for round_ in rounds for entry in round_.entries]) if measured else ""
+    write_text(run / "results.md", f"# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
     print(table)
     print("\n".join(best))
-    print(f"Written: {run}/results.md, {run}/progress.png, {run}/best/")
+    print(f"Written: {', '.join(written)}")
     log_next("scripts/search.py and scripts/find_duplicates.py use them, scripts/push_to_hub.py publishes them")
 
 

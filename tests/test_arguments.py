@@ -418,7 +418,6 @@ def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
         (plan_with(student_start="fresh"), "student_start must be refresh or carry_over, not 'fresh'"),
         (plan_with(alternate="no"), "alternate must be true or false"),
         (plan_with(pairs=None, sentences=None), "needs 'pairs', or 'sentences'"),
-        (plan_with(tasks=None), "needs 'tasks'"),
         (plan_with(cycle=3), "unknown key 'cycle'"),
         (plan_with(cycles=0), "cycles must be a whole number from 1"),
         (plan_with(cycles="three"), "cycles must be a whole number from 1"),

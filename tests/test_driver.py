@@ -112,6 +112,29 @@ def test_the_driver_runs_resumes_and_refuses_another_recipe(recipe, second_bert,
     assert other.returncode == 2 and "common.seed" in other.stderr and len(other.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_without_any_labels_nothing_is_measured_and_the_last_models_are_kept(recipe, tmp_path):
+    without = dict(tasks=None, dev=None, paper={}, stop_at=None, cycles=1)
+    path, run = changed(recipe, tmp_path / "unlabelled.yaml", **without), tmp_path / "run"
+    words = ["--recipe", path, "--output_dir", run, "--launcher", "python"]
+    result = drive(*words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "measure" not in result.stderr and "[8/8] cycle 1: bi-encoder of two" in result.stderr
+    for kind in ("bi", "cross"):
+        best, last = (
+            run / folder / "model.safetensors" for folder in (f"best/{kind}-encoder", f"cycle-1/{kind}-encoder/one")
+        )
+        assert best.read_bytes() == last.read_bytes()
+    assert "Nothing was measured" in (run / "results.md").read_text() and not (run / "progress.png").exists()
+    (run / "cycle-1/bi-encoder/two/run.json").unlink()
+    assert "has not finished there" in drive_summary(run)
+
+
+def drive_summary(run):
+    words = [warm_python().path / "python", ROOT / "scripts/summarize_run.py", run]
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True).stderr
+
+
 def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
     result = drive("--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run", "--seed", 7)
     assert result.returncode == 0, result.stderr

@@ -57,7 +57,7 @@ class Plan:
         students: one for self-distillation, several for mutual distillation.
         pairs: unlabelled pairs: pools (sts_sickr), files, Hub ids. Without them, pairs are mined from the sentences.
         extra_pairs, num_extra_pairs, num_training_pairs: as score_pairs.py takes them.
-        tasks: what is measured before and after; as evaluate_encoders.py takes them.
+        tasks: what is measured before and after; as evaluate_encoders.py takes them. Without tasks and dev, nothing.
         sentences: for step 1, and for mining.
         sentences_b: a second side, such as answers: mined pairs have a sentence of each side.
         remine: mine again in each cycle, with the bi-encoders of the cycle before.
@@ -72,7 +72,7 @@ class Plan:
     """
 
     students: list[Student]
-    tasks: list[str]
+    tasks: list[str] = dataclasses.field(default_factory=list)
     pairs: list[str] | None = None
     sentences: list[str] | None = None
     sentences_b: list[str] | None = None
@@ -87,6 +87,11 @@ class Plan:
     alternate: bool = True
     paper: dict[str, str] = dataclasses.field(default_factory=dict)
     stop_at: float | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure encoders on."""
+        return bool(self.tasks or self.dev)
 
     @property
     def step1_sentences(self) -> list[str]:
@@ -114,7 +119,7 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
             setattr(plan, name, [getattr(plan, name)])
     _check_kinds(plan, where)
     _check_pairs(plan, where)
-    plan.tasks = expand_groups(plan.tasks)
+    plan.tasks = expand_groups(plan.tasks or [])
     if plan.dev:
         plan.dev = _named_as_dev(plan.dev)
     titles = [title(*parse_spec(spec)[:2]) for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]]

@@ -131,6 +131,8 @@ def selection_note(rounds: list[Round]) -> str:
 
 def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
     """How many test pairs were, without their scores, among the training pairs."""
+    if not plan.tasks:
+        return ""
     columns = {**recipe.get("common", {}), **recipe.get("evaluate_encoders", {})}.get("columns")
     scores = run / "cycle-1" / "bi-scores.parquet"
     try:

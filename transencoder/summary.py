@@ -10,9 +10,9 @@ import numpy as np
 
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
-from transencoder.files import read_json, write_folder
+from transencoder.files import RUN_FILE, read_json, write_folder
 from transencoder.paper import row_of
-from transencoder.plan import ENSEMBLE, Student, load_plan
+from transencoder.plan import ENSEMBLE, Plan, Student, load_plan
 from transencoder.recipes import read_recipe
 from transencoder.selection import stopped_before
 from transencoder.tasks import title
@@ -48,10 +48,10 @@ class Round:
 
 
 def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
-    """Every measured encoder of a run, in the order in which they were made.
+    """Every encoder of a run that was measured (made, where nothing is measured), in the order of making.
 
     Args:
-        so_far: stop at the first cycle that has not been measured yet.
+        so_far: stop at the first cycle that is not through yet.
     Raises:
         InputError: without `so_far`, such a cycle.
     """
@@ -61,12 +61,14 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
         folder = run / f"cycle-{cycle}" if cycle else run / "start"
         if stopped_before(run, cycle, plan.stop_at):
             break
-        if not (folder / "results.json").is_file():
+        through = (folder / "results.json").is_file() if plan.measures else _are_made(run, cycle, plan)
+        if not through:
             if so_far:
                 break
-            raise InputError(f"{folder}: no results.json; run_transencoder.sh has not finished there")
-        results = read_results(folder / "results.json")
-        for kind in ("cross", "bi") if cycle and plan.alternate else ("bi",):
+            what = "no results.json" if plan.measures else "not all of its models"
+            raise InputError(f"{folder}: {what}; run_transencoder.sh has not finished there")
+        results = read_results(folder / "results.json") if plan.measures else []
+        for kind in kinds_of(plan, cycle):
             for student in plan.students:
                 rounds.append(_round(run, cycle, kind, student, results))
         rounds += _ensembles(cycle, results)
@@ -74,6 +76,26 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
         setting = plan.paper.get(round_.student)
         round_.paper = row_of(setting, round_.kind, at_start=not round_.cycle) if setting else None
     return rounds
+
+
+def kinds_of(plan: Plan, cycle: int) -> tuple[str, ...]:
+    """The kinds of encoder that a cycle makes, in order; 0 is the start."""
+    return ("cross", "bi") if cycle and plan.alternate else ("bi",)
+
+
+def _place(cycle: int, kind: str, student: Student) -> str:
+    """Where in a run's folder the driver puts an encoder."""
+    return f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
+
+
+def _are_made(run: Path, cycle: int, plan: Plan) -> bool:
+    """Whether all encoders of a cycle are there and whole."""
+    made_here = [student for student in plan.students if cycle or not student.bi_encoder]
+    folders = [run / _place(cycle, kind, student) for kind in kinds_of(plan, cycle) for student in made_here]
+    return all(
+        (folder / RUN_FILE).is_file() and read_json(folder / RUN_FILE).get("status") == "complete"
+        for folder in folders
+    )
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +113,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
     """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
-    inside = f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
+    inside = _place(cycle, kind, student)
     ready = student.bi_encoder if not cycle else None
     own = [
         entry
@@ -184,7 +206,7 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
 
 
 def plot_progress(path: Path, rounds: list[Round]) -> None:
-    """A PNG of score against half-cycle: one panel for each student, one line for each test set."""
+    """A PNG of score against half-cycle: one panel for each student, one line for each test set (else the dev set)."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -197,7 +219,7 @@ def plot_progress(path: Path, rounds: list[Round]) -> None:
     for axis, student in zip(axes[0], students, strict=True):
         own = [r for r in rounds if r.student == student]
         labels = [f"{r.kind} {r.cycle}" if r.cycle else "start" for r in own]
-        for name in tests_of(rounds):
+        for name in tests_of(rounds) or [dev_of(rounds)]:
             axis.plot(labels, [r.values[name] for r in own], marker="o", label=name)
         axis.set_title(student)
         axis.set_xlabel("half-cycle")

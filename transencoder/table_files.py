@@ -72,7 +72,10 @@ def require_columns(source: str, theirs: list[str], found: list[str]) -> None:
     missing = [name for name in theirs if name not in found]
     if missing:
         shown = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
-        raise InputError(f"{source}: no column {missing[0]!r}; it has: {shown} (rename with --columns ours=theirs)")
+        raise InputError(
+            f"{source}: no column {missing[0]!r}; it has: {shown} "
+            "(rename with --columns ours=theirs; in a recipe, columns: [ours=theirs] in the section common)"
+        )
     twice = [name for name in theirs if found.count(name) > 1]
     if twice:
         raise InputError(f"{source}: two columns are called {twice[0]!r}")
