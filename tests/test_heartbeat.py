@@ -5,9 +5,12 @@ import threading
 import time
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistNetworkError, HashStore
 
+from transencoder import runtime
+from transencoder.errors import BrokenRun
 from transencoder.heartbeat import Heartbeat, watch_machines
+from transencoder.parsing import parse_stage
 
 
 def heartbeat(store, machine, machines, losses, silence=0.5):
@@ -80,3 +83,12 @@ def test_one_machine_needs_none_and_each_machine_has_one(monkeypatch, environmen
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert watch_machines() is None
+
+
+def test_a_process_that_ends_before_all_have_met_is_one_line(monkeypatch):
+    def fail(**_):
+        raise DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.\nException raised from ...")
+
+    monkeypatch.setattr(runtime, "Accelerator", fail)
+    with pytest.raises(BrokenRun, match=r"or one has ended: Failed to recv, got 0 bytes\. [^\n]*closed\.$"):
+        runtime.start(parse_stage("score_pairs", argv=["--encoders", "x", "--pairs", "x", "--output", "x"]))

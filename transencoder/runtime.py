@@ -12,10 +12,11 @@ import datasets
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, set_seed
+from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from transencoder.engines import accelerate_precision, choose_precision, process_group, set_up_engine
-from transencoder.errors import InputError, is_first_process
+from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.heartbeat import watch_machines
 from transencoder.options import StageArguments
 
@@ -29,20 +30,25 @@ def start(arguments: StageArguments) -> Accelerator:
 
     Raises:
         InputError: the tracker asked for is not installed.
+        BrokenRun: another process of the run ended before all had met.
     """
     log_with = trackers(getattr(arguments, "report_to", "none"))
     quiet_libraries()
     precision = choose_precision(arguments.mixed_precision)
-    accelerator = Accelerator(
-        mixed_precision=accelerate_precision(precision),
-        # The batch size is that of all processes together; each takes its part of every batch.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        # Every batch has all its pieces: the last one of an epoch needs no special care.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        log_with=log_with or None,
-        project_dir=getattr(arguments, "output_dir", None),
-        kwargs_handlers=process_group(),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=accelerate_precision(precision),
+            # The batch size is that of all processes together; each takes its part of every batch.
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+            # Every batch has all its pieces: the last one of an epoch needs no special care.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            log_with=log_with or None,
+            project_dir=getattr(arguments, "output_dir", None),
+            kwargs_handlers=process_group(),
+        )
+    except DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise BrokenRun(f"the processes of this run do not reach one another, or one has ended: {reason}") from error
     watch_machines()
     set_up_engine(accelerator, precision)
     set_seed(arguments.seed)
