@@ -224,7 +224,10 @@ def read_split(spec: str, data_dir: str | None, gold: str | None) -> datasets.Da
     elif data_dir:
         stems = [name, f"{name}.test"] if split == "test" else [spec]
         wanted = " or ".join(f"{stem}.jsonl(.gz)" for stem in stems)
-        raise InputError(f"--data_dir {data_dir}: no {wanted} for task {name}")
+        raise InputError(
+            f"--data_dir {data_dir}: no {wanted} for task {name}; put it there, leave --data_dir out to take all from "
+            "the Hub, or name other tasks and pairs"
+        )
     else:
         table = _from_hub(source, split, gold)
     _say_size(title(name, split), source, split, table, gold)
