@@ -833,7 +833,7 @@ def test_the_command_line_refuses_in_one_line_and_leaves_nothing(tmp_path, corpu
         ],
     }
     runs = {
-        expected: subprocess.Popen(**launch_command(*words, direct=True), stderr=subprocess.PIPE, text=True)
+        expected: subprocess.Popen(**launch_command(*words, direct=True, cold=True), stderr=subprocess.PIPE, text=True)
         for expected, words in commands.items()
     }
     for expected, run in runs.items():
