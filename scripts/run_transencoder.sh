@@ -104,12 +104,13 @@ total=$((1 + CYCLES * (ALTERNATE ? 3 + 2 * students : 2 + students)))
 ((${#PAIRS[@]})) || total=$((total + (REMINE ? CYCLES : 1)))
 for ready in "${READY_BI[@]}"; do [[ $ready ]] || total=$((total + 1)); done
 
-# A Parquet file appears when it is whole; a folder says so in run.json, and holds what the stage makes.
+# A Parquet file appears when it is whole; a folder says so in run.json, to its last brace, and holds what the stage makes.
 is_complete() {
   if [[ $1 == *.parquet ]]; then
     [[ -f $1 ]]
   else
-    grep -qs '"status": "complete"' "$1/run.json" && { compgen -G "$1/model*.safetensors" || [[ -f $1/results.json ]]; } >/dev/null
+    grep -qs '"status": "complete"' "$1/run.json" && [[ $(tail -n 1 "$1/run.json") == "}" ]] &&
+      { compgen -G "$1/model*.safetensors" || [[ -f $1/results.json ]]; } >/dev/null
   fi
 }
 

@@ -228,7 +228,7 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
     except FileNotFoundError:
         raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: {RUN_FILE} cannot be read; {advice}") from error
+        raise InputError(f"{where}: {RUN_FILE} cannot be read; delete the folder, {advice}") from error
     if found_stage != stage:
         raise InputError(f"{where}: holds the result of {found_stage}; {advice}")
     changed = difference(found, identity(arguments))
