@@ -124,7 +124,7 @@ def run_ours(job: Job, arguments: argparse.Namespace, without: str | None) -> No
         words += ["--sentences", arguments.sentences, "--pooling", "mean", "--mlp_head", False]
         words += ["--num_sentences", arguments.num_pairs, "--max_length", 32]
     elif job.script == "distill_bi2cross":
-        words += ["--scores", job.scores, "--swap", False]
+        words += ["--scores", job.scores, "--swap", False, "--negatives", "clip"]  # as the peer's scores are cut off
     elif job.script == "distill_cross2bi":
         words += ["--scores", job.scores, "--max_length", 32]
     words += leave_out(without, job.script) if without else []
