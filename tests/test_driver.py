@@ -313,7 +313,10 @@ def test_commands_in_the_documentation_are_accepted(page, line, tmp_path):
         assert script.is_file(), line
         assert all(flag in script.read_text() for flag in words[2:] if flag.startswith("--")), line
     else:
-        assert words[0] in {"cp", "source", "pip", "hf"}, line
+        assert words[0] in {"cp", "sed", "source", "pip", "hf"}, line
+
+        for path in (word for word in words if word.startswith("recipes/")):
+            assert (ROOT / path).is_file(), path
 
 
 def test_the_file_tree_of_the_readme_is_the_files_that_are_there():
