@@ -314,7 +314,6 @@ def test_commands_in_the_documentation_are_accepted(page, line, tmp_path):
         assert all(flag in script.read_text() for flag in words[2:] if flag.startswith("--")), line
     else:
         assert words[0] in {"cp", "sed", "source", "pip", "hf"}, line
-
         for path in (word for word in words if word.startswith("recipes/")):
             assert (ROOT / path).is_file(), path
 
