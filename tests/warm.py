@@ -146,9 +146,11 @@ def lower_root() -> None:
 
 def import_all() -> None:
     """What the scripts and the launcher import, at once or later."""
+    import accelerate.commands.launch  # noqa: F401
     import conftest  # noqa: F401
     import faiss  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import torch.distributed.run  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     import transencoder.hub
