@@ -30,7 +30,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from transencoder import scoring
+from transencoder import embeddings, scoring
 from transencoder.encoders import BiEncoder, CrossEncoder, MLPHead, add_drophead, load_encoder
 from transencoder.errors import InputError
 from transencoder.model_names import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
@@ -424,6 +424,7 @@ def test_scores_do_not_depend_on_the_blocks_they_are_made_in(kind, bi_folder, cr
     encoder = load_encoder(str(bi_folder if kind == "bi" else cross_folder)).to(accelerator.device).eval()
     whole = score_prepared(encoder, PreparedPairs(encoder, table), accelerator, 10**6)
     monkeypatch.setattr(scoring, "COSINE_ROWS", 5)
+    monkeypatch.setattr(embeddings, "RANDOM_ROWS", 3)
     for rows, batch_tokens in ((1000, 10**6), (7, 10**6), (7, 100)):
         parts = Parts(tmp_path / "scores.parquet", {"batch_tokens": batch_tokens}, rows, accelerator)
         found = scoring.score_in_parts(encoder, table, accelerator, batch_tokens, parts, "encoder", "Scoring")

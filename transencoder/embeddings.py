@@ -17,7 +17,7 @@ from transencoder.engines import autocast
 from transencoder.errors import writing
 from transencoder.inference import each_part
 from transencoder.parts import Parts
-from transencoder.tables import SENTENCES
+from transencoder.tables import RANDOM_ROWS, SENTENCES
 
 TEXTS_AT_ONCE = 64  # of a few texts that are not worth sorting by length
 
@@ -74,8 +74,10 @@ def write_vectors(
         tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
         row = 0
         for part in each_part(encoder, tokens, accelerator, batch_tokens, title, parts, f"{path.stem}-{number}"):
-            if target is not None:
-                target[row : row + len(part), column : column + width] = unit(part) / np.sqrt(len(widths))
+            for start in range(0, 0 if target is None else len(part), RANDOM_ROWS):
+                some = part[start : start + RANDOM_ROWS]  # few enough that copies of them are nothing
+                rows = slice(row + start, row + start + len(some))
+                target[rows, column : column + width] = unit(some) / np.sqrt(len(widths))
             row += len(part)
         column += width
     if target is not None:

@@ -105,7 +105,10 @@ def _check_weights(path: Path, changed: int) -> None:
 def check_finite(where: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise `InputError` for the first tensor that holds NaN or an infinite value: all scores would be NaN."""
     for name, tensor in tensors:
-        if tensor.dtype in HALF_TO_DOUBLE and not tensor.isfinite().all():
+        if tensor.dtype not in HALF_TO_DOUBLE or not tensor.numel():
+            continue
+        extremes = torch.stack(tensor.aminmax())  # NaN if one is; needs no copy of the tensor, as isfinite() does
+        if not extremes.isfinite().all():
             raise InputError(f"{where}: {name} holds values that are not finite (NaN or inf); its training broke down")
 
 
