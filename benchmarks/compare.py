@@ -49,6 +49,8 @@ WITHOUT = {  # what is left out -> the options that do so, or the name in a modu
     "first token only": "transencoder.encoders.read_first_token_only",
     "cheap dropout": "transencoder.training.use_processor_dropout",
     "kept memory": "transencoder.training.keep_freed_memory",
+    "released memory": "transencoder.training.release_freed_memory",
+    "few primitives": "transencoder.runtime.keep_few_primitives",
 }
 
 

@@ -1,11 +1,21 @@
 """What saves work changes no result."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 
-from transencoder.shortcuts import ATTENTION_ENDS, ProcessorDropout, read_first_token_only, use_processor_dropout
+from transencoder.shortcuts import (
+    ATTENTION_ENDS,
+    ProcessorDropout,
+    keep_few_primitives,
+    read_first_token_only,
+    use_processor_dropout,
+)
 
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
 OTHER_OPTIONS = {
@@ -91,3 +101,39 @@ def test_every_dropout_layer_is_exchanged_and_none_works_outside_training():
     assert torch.equal(first_token(model)[0], before) and model.state_dict().keys() == weights
     model.train()
     assert not torch.equal(first_token(model)[0], before)
+
+
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+@pytest.mark.parametrize(("precision", "before", "after"), [("no", "", "8"), ("no", "64", "64"), ("bf16", "", None)])
+def test_few_primitives_are_kept_in_float32_unless_the_user_says_otherwise(monkeypatch, precision, before, after):
+    monkeypatch.setenv(CAPACITY, before)
+    if not before:
+        monkeypatch.delenv(CAPACITY)
+    keep_few_primitives(precision)
+    assert os.environ.get(CAPACITY) == after
+
+
+GELU_OF_FORTY_SHAPES_TWICE = """
+import torch
+from transencoder.shortcuts import keep_few_primitives
+keep_few_primitives("no")
+torch.set_num_threads(1)
+for length in [*range(5, 45)] * 2:
+    torch.nn.functional.gelu(torch.ones(20, length, 128))
+"""
+
+
+def test_the_number_of_primitives_is_set_before_onednn_reads_it():
+    """oneDNN tells of each one that it has to make: all of them twice, if eight of forty are kept."""
+    made = {}
+    for capacity in ({}, {CAPACITY: "1024"}):
+        environment = {name: value for name, value in os.environ.items() if name != CAPACITY}
+        environment |= {"ONEDNN_VERBOSE": "profile_create", **capacity}
+        command = [sys.executable, "-c", GELU_OF_FORTY_SHAPES_TWICE]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        made[capacity.get(CAPACITY)] = result.stdout.count("create:cache_miss")
+    if made["1024"] == 0:
+        pytest.skip("this PyTorch does not compute GELU with oneDNN")
+    assert made == {None: 80, "1024": 40}

@@ -19,6 +19,7 @@ from transencoder.engines import accelerate_precision, choose_precision, process
 from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.heartbeat import watch_machines
 from transencoder.options import StageArguments
+from transencoder.shortcuts import keep_few_primitives
 
 PROJECT = "trans-encoder"
 DRIVER_VARIABLE = "TRANSENCODER_RUN"  # run_transencoder.sh sets it for its stages
@@ -35,6 +36,7 @@ def start(arguments: StageArguments) -> Accelerator:
     log_with = trackers(getattr(arguments, "report_to", "none"))
     quiet_libraries()
     precision = choose_precision(arguments.mixed_precision)
+    keep_few_primitives(precision)
     try:
         accelerator = Accelerator(
             mixed_precision=accelerate_precision(precision),

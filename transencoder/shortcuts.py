@@ -1,8 +1,11 @@
 """The same results with less work. docs/performance.md says what each of these brings."""
 
 import ctypes
+import os
 import sys
+from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +17,8 @@ ATTENTION_ENDS = {
     "distilbert": "sa_layer_norm",
     "mpnet": "attention.LayerNorm",
 }
+# More than a step in float32 uses; oneDNN's own number is 1,024.
+PRIMITIVES = 8
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -48,7 +53,7 @@ class ProcessorDropout(nn.Dropout):
         words = torch.empty(-(-states.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: states.numel()].view(states.shape)
         kept = bits >= round(self.p * 2**16) - 2**15
-        return torch.where(kept, states, 0.0) * (1 / (1 - self.p))  # backward keeps one byte an element
+        return torch.where(kept, states, 0.0).mul_(1 / (1 - self.p))  # backward keeps one byte an element
 
 
 def use_processor_dropout(model: nn.Module) -> None:
@@ -58,15 +63,38 @@ def use_processor_dropout(model: nn.Module) -> None:
             module.__class__ = ProcessorDropout
 
 
+def release_freed_memory() -> None:
+    """Give back to the system what reading and tokenising have freed, which Arrow and the C library keep for more."""
+    pa.default_memory_pool().release_unused()
+    malloc_trim = _libc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep memory that is freed, for the next step, which wants the same again.
 
     By default it gives every large block back to the kernel, which clears it before it hands it out once more. Does
     nothing outside of Linux with glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _libc(name: str) -> Any:
+    """A function of glibc; None outside of Linux, or with another C library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
+def keep_few_primitives(precision: str) -> None:
+    """Let oneDNN keep the code of its last `PRIMITIVES` functions only. Must come before the first computation.
+
+    On a processor it computes GELU in float32 (in bf16 the matrix products as well, whose code is dearer to make, so
+    that all is kept there). It makes a function for each shape of a batch, of which there are hundreds here, and each
+    takes one or two megabytes; to make one anew takes less time than to clear new memory for it. What the user has set
+    stays.
+    """
+    if precision == "no":
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))

@@ -31,7 +31,7 @@ from transencoder.parsing import parse_stage
 from transencoder.processes import lock
 from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by
-from transencoder.shortcuts import keep_freed_memory, use_processor_dropout
+from transencoder.shortcuts import keep_freed_memory, release_freed_memory, use_processor_dropout
 from transencoder.soundness import LossWatch, broken_weights
 from transencoder.tasks import Task
 
@@ -196,6 +196,7 @@ class Trainer:
         self.total_steps = arguments.num_epochs * self.sampler.batches
         if arguments.max_steps:
             self.total_steps = min(self.total_steps, arguments.max_steps)
+        release_freed_memory()
         if accelerator.device.type == "cpu":
             use_processor_dropout(encoder)
             keep_freed_memory()
