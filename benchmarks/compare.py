@@ -68,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer", choices=("peer", "authors"), default="peer", help="how the peer trains (peer)")
     parser.add_argument("--without", choices=WITHOUT, help="measure what this shortcut brings, in place of the peer")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # of a worker: both sides of a pair have the same
     arguments = parser.parse_args()
     if "a cycle" in arguments.works and not arguments.dev:
         parser.error("a cycle needs --dev")
@@ -87,6 +88,7 @@ class Job:
     cross: Path
     output: Path
     epochs: int = 1
+    seed: int = 2021
 
     @property
     def script(self) -> str:
@@ -98,12 +100,13 @@ def jobs_of(work: str, arguments: argparse.Namespace, folder: Path) -> list[Job]
     """The work itself, or those of a cycle, each on what the one before it has written."""
     if work != "a cycle":
         output = folder / ("out.parquet" if WORKS[work] == "score_pairs" else "out")
-        return [Job(work, Path(arguments.pairs), folder / "scores.parquet", folder / "cross", output)]
+        scores, cross = folder / "scores.parquet", folder / "cross"
+        return [Job(work, Path(arguments.pairs), scores, cross, output, seed=arguments.seed)]
     bi_scores, cross, cross_scores = folder / "1.parquet", folder / "new-cross", folder / "2.parquet"
     outputs = (bi_scores, cross, cross_scores, folder / "out")
     scores = (None, bi_scores, None, cross_scores)
     return [
-        Job(part, folder / "pairs.parquet", read, cross, output, EPOCHS.get(WORKS[part], 1))
+        Job(part, folder / "pairs.parquet", read, cross, output, EPOCHS.get(WORKS[part], 1), arguments.seed)
         for part, read, output in zip(CYCLE, scores, outputs, strict=True)
     ]
 
@@ -120,7 +123,7 @@ def run_ours(job: Job, arguments: argparse.Namespace, without: str | None) -> No
     else:
         model = arguments.bi_encoder if job.script == "distill_cross2bi" else arguments.plm
         words += ["--model_name_or_path", model, "--output_dir", job.output, "--select_by", "last"]
-        words += ["--eval_steps", 10**6, "--checkpointing_steps", 0, "--num_epochs", job.epochs]
+        words += ["--eval_steps", 10**6, "--checkpointing_steps", 0, "--num_epochs", job.epochs, "--seed", job.seed]
         words += ["--total_batch_size", BATCH[job.script], "--learning_rate", arguments.learning_rate]
     if job.script == "train_contrastive":
         words += ["--sentences", arguments.sentences, "--pooling", "mean", "--mlp_head", False]
@@ -147,6 +150,9 @@ def leave_out(shortcut: str, script: str) -> list[str]:
 
 def run_peer(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
     """The same with sentence-transformers."""
+    from transformers import set_seed
+
+    set_seed(job.seed)  # of a cross-encoder's new head, which the trainer's own seed comes too late for
     if job.script == "score_pairs":
         peer_scores(job, arguments)
     elif arguments.peer == "authors":
@@ -189,6 +195,7 @@ def peer_trains(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
         optim="adamw_torch_fused",
         save_strategy="no",
         report_to="none",
+        seed=job.seed,
         disable_tqdm=True,
     )
     if job.script == "distill_bi2cross":
@@ -309,13 +316,13 @@ def dev_score(model: str, dev: str) -> float:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, work: str, folder: Path) -> dict[str, Any]:
+def measure(side: str, work: str, folder: Path, seed: int) -> dict[str, Any]:
     """Start a worker with fresh caches and return what it measured."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("cross", "scores.parquet", "pairs.parquet"):
             os.symlink(folder / name, Path(scratch) / name)
         environment = os.environ | {"COMPARE_FOLDER": scratch, "HF_DATASETS_CACHE": f"{scratch}/cache"}
-        command = [sys.executable, *sys.argv, "--worker", side, work]
+        command = [sys.executable, *sys.argv, "--worker", side, work, "--seed", str(seed)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{side}, {work}:\n{result.stderr[-3000:]}")
@@ -357,23 +364,24 @@ def main() -> None:
             runs = []
             for turn in range(arguments.repeats):
                 order = ("ours", other) if turn % 2 == 0 else (other, "ours")
-                runs.append({side: measure(side, work, folder) for side in order})
+                runs.append({side: measure(side, work, folder, turn + 1) for side in order})
                 print(f"{work}, {turn + 1}: {runs[-1]}", file=sys.stderr)
             print(row(work, runs, other), flush=True)
 
 
 def row(work: str, runs: list[dict[str, dict[str, Any]]], other: str) -> str:
-    """A line of the table, for a cycle with the dev scores of both sides' cross- and bi-encoders."""
+    """A line of the table, for a cycle with the mean dev scores of both sides' cross- and bi-encoders."""
     ratios = [run[other]["seconds"] / run["ours"]["seconds"] for run in runs]
     memory = statistics.median(run["ours"]["memory"] / run[other]["memory"] for run in runs)
     shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
     scores = {
-        side: [statistics.median(values) for values in zip(*(run[side]["dev"] for run in runs), strict=True)]
+        side: [
+            f"{statistics.mean(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+            for values in zip(*(run[side]["dev"] for run in runs), strict=True)
+        ]
         for side in ("ours", other)
     }
-    dev = ", ".join(
-        f"{side} " + " / ".join(f"{value:.2f}" for value in values) for side, values in scores.items() if values
-    )
+    dev = ", ".join(f"{side} {' / '.join(values)}" for side, values in scores.items() if values)
     return f"| {work}{f' (dev, cross- / bi-encoder: {dev})' if dev else ''} | {shown} | {memory:.2f} |"
 
 
