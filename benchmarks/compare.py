@@ -87,8 +87,8 @@ class Job:
     scores: Path | None
     cross: Path
     output: Path
+    seed: int
     epochs: int = 1
-    seed: int = 2021
 
     @property
     def script(self) -> str:
@@ -101,12 +101,12 @@ def jobs_of(work: str, arguments: argparse.Namespace, folder: Path) -> list[Job]
     if work != "a cycle":
         output = folder / ("out.parquet" if WORKS[work] == "score_pairs" else "out")
         scores, cross = folder / "scores.parquet", folder / "cross"
-        return [Job(work, Path(arguments.pairs), scores, cross, output, seed=arguments.seed)]
+        return [Job(work, Path(arguments.pairs), scores, cross, output, arguments.seed)]
     bi_scores, cross, cross_scores = folder / "1.parquet", folder / "new-cross", folder / "2.parquet"
     outputs = (bi_scores, cross, cross_scores, folder / "out")
     scores = (None, bi_scores, None, cross_scores)
     return [
-        Job(part, folder / "pairs.parquet", read, cross, output, EPOCHS.get(WORKS[part], 1), arguments.seed)
+        Job(part, folder / "pairs.parquet", read, cross, output, arguments.seed, EPOCHS.get(WORKS[part], 1))
         for part, read, output in zip(CYCLE, scores, outputs, strict=True)
     ]
 
@@ -268,11 +268,12 @@ def read_table(path: Path) -> dict[str, list[str]]:
 
 
 def distinct_sentences(arguments: argparse.Namespace) -> list[str]:
-    """Those that our side draws, with its default seed."""
+    """Those that our side draws, with the same seed."""
     from transencoder.pools import read_sentence_pool
     from transencoder.tables import sample
 
-    return list(sample(read_sentence_pool([arguments.sentences], None, None), arguments.num_pairs, 2021)["sentence"])
+    pool = read_sentence_pool([arguments.sentences], None, None)
+    return list(sample(pool, arguments.num_pairs, arguments.seed)["sentence"])
 
 
 def worker(arguments: argparse.Namespace) -> None:
