@@ -106,8 +106,11 @@ def test_every_dropout_layer_is_exchanged_and_none_works_outside_training():
 CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
-@pytest.mark.parametrize(("precision", "before", "after"), [("no", "", "8"), ("no", "64", "64"), ("bf16", "", None)])
-def test_few_primitives_are_kept_in_float32_unless_the_user_says_otherwise(monkeypatch, precision, before, after):
+@pytest.mark.parametrize(
+    ("precision", "before", "after"),
+    [("no", "", "8"), ("no", "64", "64"), ("bf16", "", "24"), ("fp16", "", None)],
+)
+def test_few_primitives_are_kept_unless_the_user_says_otherwise(monkeypatch, precision, before, after):
     monkeypatch.setenv(CAPACITY, before)
     if not before:
         monkeypatch.delenv(CAPACITY)

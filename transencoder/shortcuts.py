@@ -17,8 +17,8 @@ ATTENTION_ENDS = {
     "distilbert": "sa_layer_norm",
     "mpnet": "attention.LayerNorm",
 }
-# More than a step in float32 uses; oneDNN's own number is 1,024.
-PRIMITIVES = 8
+# What the steps of a training use, by precision; oneDNN's own number is 1,024.
+PRIMITIVES = {"no": 8, "bf16": 24}
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -91,11 +91,10 @@ def _libc(name: str) -> Any:
 def keep_few_primitives(precision: str) -> None:
     """Let oneDNN keep the code of its last `PRIMITIVES` functions only. Must come before the first computation.
 
-    On a processor it computes GELU in float32 (in bf16 the matrix products as well, whose code is dearer to make, so
-    that all is kept there). It makes a function for each shape of a batch, of which there are hundreds here, and each
-    takes one or two megabytes. Where a shape hardly comes back, as in scoring, this saves time as well; in training a
-    function is made anew now and then, in a third of a millisecond, which only a tiny model feels. What the user has
-    set stays.
+    On a processor it computes GELU in float32, in bf16 the matrix products as well. It makes a function for each shape
+    of a batch, of which there are hundreds here, and each takes one or two megabytes. Where a shape hardly comes back,
+    as in scoring, this saves time as well; in training the functions of a step are made anew when its length changes,
+    in a third of a millisecond each, which only a tiny model feels. What the user has set stays.
     """
-    if precision == "no":
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
+    if precision in PRIMITIVES:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES[precision]))
