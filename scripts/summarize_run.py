@@ -32,16 +32,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def table_of(runs: list[list[Round]]) -> tuple[str, str, str]:
+    """One run's or several runs' table, what it shows, and what it was measured with."""
+    if not runs[0][0].values:
+        return "Nothing was measured: the recipe names neither `tasks` nor `dev`.\n", "", ""
+    entries = [entry for rounds in runs for round_ in rounds for entry in round_.entries]
+    return summary_table(runs), NOTES, origin(entries)
+
+
 def write_summary(run: Path, rounds: list[Round]) -> None:
-    measured, written = bool(rounds[0].values), [f"{run}/results.md", f"{run}/best/"]
-    table, notes = "Nothing was measured: the recipe names neither `tasks` nor `dev`.\n", ""
-    if measured:
+    table, notes, made = table_of([rounds])
+    best = keep_best(run, rounds)
+    written = [f"{run}/results.md", f"{run}/best/"]
+    if rounds[0].values:
         plot_progress(run / "progress.png", rounds)
         written.insert(1, f"{run}/progress.png")
-        table, notes = summary_table([rounds]), NOTES
-    best = keep_best(run, rounds)
     lines = "\n".join(f"- {line}" for line in best)
-    made = origin([entry for round_ in rounds for entry in round_.entries]) if measured else ""
     write_text(run / "results.md", f"# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
     print(table)
     print("\n".join(best))
@@ -56,15 +62,12 @@ def main() -> None:
     collected = [collect_rounds(run) for run in runs]
     if len(runs) == 1:
         return write_summary(runs[0], collected[0])
-    table = summary_table(collected)
+    table, notes, made = table_of(collected)
     print(table)
     if arguments.output:
         names = ", ".join(run.name for run in runs)
-        text = (
-            f"# {arguments.output.absolute().parent.name}\n\nMean ± standard deviation of {names}.\n\n{table}{NOTES}\n"
-        )
-        text += origin([entry for rounds in collected for round_ in rounds for entry in round_.entries])
-        write_text(arguments.output, text)
+        heading = f"# {arguments.output.absolute().parent.name}\n\nMean ± standard deviation of {names}.\n\n"
+        write_text(arguments.output, f"{heading}{table}{notes}\n{made}")
         print(f"Written: {arguments.output}")
 
 

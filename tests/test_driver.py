@@ -125,14 +125,18 @@ def test_without_any_labels_nothing_is_measured_and_the_last_models_are_kept(rec
             run / folder / "model.safetensors" for folder in (f"best/{kind}-encoder", f"cycle-1/{kind}-encoder/one")
         )
         assert best.read_bytes() == last.read_bytes()
-    assert "Nothing was measured" in (run / "results.md").read_text() and not (run / "progress.png").exists()
+    nothing = "Nothing was measured"
+    assert nothing in (run / "results.md").read_text() and not (run / "progress.png").exists()
+    summarize(run, run, "--output", tmp_path / "several.md")
+    assert nothing in (tmp_path / "several.md").read_text()
     (run / "cycle-1/bi-encoder/two/run.json").unlink()
-    assert "has not finished there" in drive_summary(run)
+    assert "has not finished there" in summarize(run)
 
 
-def drive_summary(run):
-    words = [warm_python().path / "python", ROOT / "scripts/summarize_run.py", run]
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True).stderr
+def summarize(*words):
+    """What the script says when it fails, or warns."""
+    command = [warm_python().path / "python", ROOT / "scripts/summarize_run.py", *words]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True).stderr
 
 
 def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
