@@ -16,7 +16,6 @@ import dataclasses
 import importlib
 import json
 import os
-import resource
 import runpy
 import statistics
 import subprocess
@@ -286,7 +285,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     (side, work), folder = arguments.worker, Path(os.environ["COMPARE_FOLDER"])
     jobs = jobs_of(work, arguments, folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         for job in jobs:
@@ -295,11 +294,20 @@ def worker(arguments: argparse.Namespace) -> None:
             else:
                 run_ours(job, arguments, without=None if side == "ours" else side)
     seconds = time.perf_counter() - started
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    memory = peak_memory() - before
     dev = [
         dev_score(str(job.output), arguments.dev) for job in jobs if WORKS[job.work] != "score_pairs" and len(jobs) > 1
     ]
     print(json.dumps({"seconds": seconds, "memory": memory, "dev": dev}))
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in MiB.
+
+    Of Linux's own accounts: the highest value that `resource` knows is handed down from the process that started this.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def dev_score(model: str, dev: str) -> float:
