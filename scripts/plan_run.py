@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.engines import processor_cores, without_gpu
 from transencoder.errors import one_line_errors
 from transencoder.hub import remember
 from transencoder.options import HubTarget
@@ -47,6 +48,7 @@ def main() -> None:
         if target.hub_model_id:
             remember(Path(arguments.output_dir), target)
     print(to_shell(plan))
+    print(f"THREADS={processor_cores() if without_gpu() else ''}")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("ac
 plan=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:+--hub_model_id "$push"} \
   ${plan_flags[@]+"${plan_flags[@]}"}) || ended $? "checking the recipe"
 eval "$plan"
+# Without a GPU: all cores for the one process, to which accelerate would give one.
+[[ ! $THREADS || ${launcher[*]} != "accelerate launch" ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS-$THREADS}
 [[ $dry ]] || recipe=$run/recipe.yaml
 
 # Which student this is: its place among them, or nothing where one script trains all.

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from conftest import ROOT, make_tokenizer, random_pairs, warm_python, write_jsonl
 
+from transencoder.engines import processor_cores
+
 DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 
 
@@ -147,6 +149,24 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
     for command in commands:
         arguments = parsed(command[2:])
         assert arguments.seed == 7 and arguments.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "asked", "given"),
+    [([], None, str(processor_cores())), ([], "3", "3"), (["--launcher", "accelerate launch --cpu"], None, "")],
+)
+def test_without_a_gpu_accelerate_is_asked_for_all_cores(recipe, tmp_path, launcher, asked, given):
+    accelerate = tmp_path / "bin" / "accelerate"
+    accelerate.parent.mkdir()
+    accelerate.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS" >{tmp_path}/threads\nexit 1\n')
+    accelerate.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"ACCELERATE_USE_CPU": "true", **({"OMP_NUM_THREADS": asked} if asked else {})}
+    environment["PATH"] = f"{accelerate.parent}:{warm_python().path}:{environment['PATH']}"
+    command = [*DRIVER, "--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), *launcher]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 1 and "failed (see above)" in result.stderr, result.stderr
+    assert (tmp_path / "threads").read_text().strip() == given
 
 
 def changed(recipe, path, **changes):

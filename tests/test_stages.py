@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs, write_jsonl
 
+from transencoder.engines import processor_cores
 from transencoder.model_names import inspect_encoder
 
 QUICK = [
@@ -53,7 +54,9 @@ def start(tiny_bert, corpus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bi_scores(start, corpus):
     path = start.parent / "bi-scores.parquet"
-    must(launch("score_pairs.py", "--encoders", start, "--pairs", corpus / "pairs.jsonl", "--output", path))
+    words = ["--encoders", start, "--pairs", corpus / "pairs.jsonl", "--output", path]
+    result = must(launch("score_pairs.py", *words))  # with one thread
+    assert ("cores idle" in result.stderr) == (processor_cores() > 1)
     return path
 
 
@@ -104,7 +107,8 @@ def test_scores_keep_the_order_and_do_not_depend_on_the_number_of_processes(star
     two = tmp_path / "two.parquet"
     # So few tokens a batch that there are many, unevenly shared, batches.
     words = ["--encoders", start, "--pairs", corpus / "pairs.jsonl", "--output", two, "--eval_batch_tokens", 50]
-    must(launch("score_pairs.py", *words, "--mixed_precision", "no", processes=2))
+    result = must(launch("score_pairs.py", *words, "--mixed_precision", "no", processes=2))
+    assert "cores idle" not in result.stderr
     assert json.loads(pq.read_schema(two).metadata[b"transencoder"])["world_size"] == 2
     one, other = pq.read_table(bi_scores).to_pydict(), pq.read_table(two).to_pydict()
     pairs = [json.loads(line) for line in (corpus / "pairs.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, str_to_bool
@@ -25,6 +26,18 @@ TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as DeepSpeed's configur
 def without_gpu() -> bool:
     """Whether this process works on the processor."""
     return not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
+
+
+def processor_cores() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(psutil.cpu_count(logical=False) or 1, allowed or 1)
+
+
+def idle_cores(accelerator: Accelerator) -> int:
+    """Cores without work: `accelerate launch` gives a process one thread unless it is told, or knows, otherwise."""
+    one_of_one = accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1
+    return processor_cores() - 1 if one_of_one else 0
 
 
 def process_group() -> list[InitProcessGroupKwargs]:

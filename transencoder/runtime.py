@@ -15,7 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch.distributed import DistError
 from tqdm.auto import tqdm
 
-from transencoder.engines import accelerate_precision, choose_precision, process_group, set_up_engine
+from transencoder.engines import accelerate_precision, choose_precision, idle_cores, process_group, set_up_engine
 from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.heartbeat import watch_machines
 from transencoder.options import StageArguments
@@ -53,6 +53,9 @@ def start(arguments: StageArguments) -> Accelerator:
         raise BrokenRun(f"the processes of this run do not reach one another, or one has ended: {reason}") from error
     watch_machines()
     set_up_engine(accelerator, precision)
+    if idle := idle_cores(accelerator):
+        cores = idle + 1
+        log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
     set_seed(arguments.seed)
     return accelerator
 
