@@ -12,7 +12,7 @@ from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.engines import autocast
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.parts import Parts
-from transencoder.runtime import progress_bar
+from transencoder.runtime import log_idle_cores, progress_bar
 from transencoder.tables import release_pages
 
 # Tokens in a forward pass, unless somebody says another number: a processor is fastest where a layer's states stay in
@@ -50,6 +50,7 @@ def run_sharded(
     batches = list(token_batches(tokens.lengths[rows], batch_tokens))
     rounds = -(-len(batches) // accelerator.num_processes)
     filled: torch.Tensor | None = None
+    log_idle_cores(accelerator)
     bar = progress_bar(accelerator, rounds, title)
     for round_ in range(rounds):
         mine = round_ * accelerator.num_processes + accelerator.process_index

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,6 @@ def start(arguments: StageArguments) -> Accelerator:
         raise BrokenRun(f"the processes of this run do not reach one another, or one has ended: {reason}") from error
     watch_machines()
     set_up_engine(accelerator, precision)
-    if idle := idle_cores(accelerator):
-        cores = idle + 1
-        log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
     set_seed(arguments.seed)
     return accelerator
 
@@ -70,6 +68,14 @@ def log(message: str) -> None:
     """Write a line on stderr, from the first process only."""
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def log_idle_cores(accelerator: Accelerator) -> None:
+    """Say once that cores have nothing to do: when the work begins, as bad input gets no line but its own."""
+    if idle := idle_cores(accelerator):
+        cores = idle + 1
+        log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
 
 
 def log_next(command: str) -> None:

@@ -29,7 +29,7 @@ from transencoder.hub import check_hub, push_stage
 from transencoder.interruption import StopSignal, stop_here
 from transencoder.parsing import parse_stage
 from transencoder.processes import lock
-from transencoder.runtime import log, log_next, progress_bar, start, start_trackers
+from transencoder.runtime import log, log_idle_cores, log_next, progress_bar, start, start_trackers
 from transencoder.selection import select_by
 from transencoder.shortcuts import keep_freed_memory, release_freed_memory, use_processor_dropout
 from transencoder.soundness import LossWatch, broken_weights
@@ -214,6 +214,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """All epochs, from the newest checkpoint on if there is one, and the kept model into the output folder."""
         self.checkpoints.load_newest()
+        log_idle_cores(self.accelerator)
         self.bar = progress_bar(self.accelerator, self.total_steps, "Training", self.progress.step)
         start_trackers(self.accelerator, self.arguments)
         self.model.train()
