@@ -41,6 +41,7 @@ from transencoder.options import HubTarget
 from transencoder.parsing import parse_stage
 from transencoder.plan import load_plan, to_shell
 from transencoder.recipes import DRIVER, as_options, read_recipe
+from transencoder.runtime import quiet_libraries
 from transencoder.scoring import read_facts
 from transencoder.summary import read_results
 from transencoder.tables import read_pairs, read_sentences
@@ -75,6 +76,7 @@ def outcome(action: Callable[[], Any], case: Any) -> Any:
     Fails for any other exception, for more than one line, for a hang, and for what is left of unfinished files.
     """
     CASES.add(repr(case))
+    quiet_libraries()  # as every script does
     found: list[Any] = []
     errors = io.StringIO()
 
