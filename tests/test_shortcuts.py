@@ -1,6 +1,7 @@
 """What saves work changes no result."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -140,3 +141,29 @@ def test_the_number_of_primitives_is_set_before_onednn_reads_it():
     if made["1024"] == 0:
         pytest.skip("this PyTorch does not compute GELU with oneDNN")
     assert made == {None: 80, "1024": 40}
+
+
+FREED = """
+import resource
+from pathlib import Path
+
+from transencoder.shortcuts import release_freed_memory
+
+
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+blocks = [bytearray(65_536) for _ in range(3_000)]
+last = blocks.pop()  # stands above the others, so that the C library cannot give them back by itself
+blocks.clear()
+before = resident_mb()
+release_freed_memory()
+print(before - resident_mb())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to give memory back")
+def test_freed_memory_goes_back_to_the_system():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 150  # of 197 MB
