@@ -15,7 +15,7 @@ from conftest import ROOT, random_pairs, random_sentences, write_jsonl
 from transencoder.encoders import BiEncoder
 from transencoder.plan import TRAINING_STAGES
 from transencoder.recipes import DRIVER, read_recipe
-from transencoder.tasks import TASKS
+from transencoder.tasks import GROUPS, TASKS
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
@@ -123,8 +123,7 @@ def test_a_recipe_runs_through(path, data_dir, stand_ins, tmp_path, run_script):
 
     results = json.loads((run / "cycle-1" / "results.json").read_text())
     tasks = recipe[DRIVER]["tasks"]
-    groups = {"sts_sickr": list(TASKS)[:7], "binary": ["qqp", "qnli", "mrpc"]}
-    names = groups.get(tasks, [tasks]) if isinstance(tasks, str) else tasks
+    names = GROUPS.get(tasks, [tasks]) if isinstance(tasks, str) else tasks
     expected = {name.partition("=")[0] for name in names if not name.endswith(".dev")}
     assert {entry["task"] for entry in results if entry["split"] == "test"} == expected
     assert ("paper: " in (run / "results.md").read_text()) == ("paper" in recipe[DRIVER])
