@@ -49,7 +49,7 @@ WITHOUT = {  # what is left out -> the options that do so, or the name in a modu
     "cheap dropout": "transencoder.training.use_processor_dropout",
     "kept memory": "transencoder.training.keep_freed_memory",
     "released memory": "transencoder.training.release_freed_memory",
-    "few primitives": "transencoder.runtime.keep_few_primitives",
+    "few primitives": "transencoder.runtime.accelerator.keep_few_primitives",
 }
 
 
@@ -253,14 +253,14 @@ def use_gpu() -> bool:
 
 def use_bf16() -> bool:
     """Whether both sides compute in bf16."""
-    from transencoder.engines import choose_precision
+    from transencoder.runtime.backends import choose_precision
 
     return choose_precision("auto") == "bf16"
 
 
 def read_table(path: Path) -> dict[str, list[str]]:
     """Both columns of a file of pairs."""
-    from transencoder.tables import read_pairs
+    from transencoder.data.tables import read_pairs
 
     pairs = read_pairs([str(path)], None)
     return {name: list(pairs[name]) for name in ("sentence1", "sentence2")}
@@ -268,8 +268,8 @@ def read_table(path: Path) -> dict[str, list[str]]:
 
 def distinct_sentences(arguments: argparse.Namespace) -> list[str]:
     """Those that our side draws, with the same seed."""
-    from transencoder.pools import read_sentence_pool
-    from transencoder.tables import sample
+    from transencoder.data.pools import read_sentence_pool
+    from transencoder.data.tables import sample
 
     pool = read_sentence_pool([arguments.sentences], None, None)
     return list(sample(pool, arguments.num_pairs, arguments.seed)["sentence"])
@@ -314,9 +314,9 @@ def dev_score(model: str, dev: str) -> float:
     """Spearman's rho x 100 of a trained model on the dev set."""
     from accelerate import Accelerator
 
+    from transencoder.data.tasks import load_task
     from transencoder.encoders import load_encoder
     from transencoder.evaluation import DevSet
-    from transencoder.tasks import load_task
 
     encoder, accelerator = load_encoder(model).eval(), Accelerator(cpu=not use_gpu())
     return DevSet(load_task(dev), encoder.to(accelerator.device), accelerator, None).score(encoder)
@@ -343,9 +343,9 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     import numpy as np
     import torch
 
+    from transencoder.data.tables import read_pairs
     from transencoder.encoders import CrossEncoder
-    from transencoder.scoring import write_scores
-    from transencoder.tables import read_pairs
+    from transencoder.labels import write_scores
 
     torch.manual_seed(0)
     CrossEncoder.from_pretrained(arguments.plm).save_pretrained(folder / "cross")

@@ -58,7 +58,7 @@ def make_models(folder: Path) -> None:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     from transencoder.encoders import BiEncoder, CrossEncoder
-    from transencoder.runtime import quiet_libraries
+    from transencoder.runtime.accelerator import quiet_libraries
 
     special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     pieces = [*special.values(), *WORDS, *(f"{start}{digit}" for start in ("", "##") for digit in range(10))]

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from transencoder.arguments import DEFAULT_MIX
-from transencoder.pools import read_sentence_pool
+from transencoder.config.arguments import DEFAULT_MIX
+from transencoder.data.pools import read_sentence_pool
 
 PHASES = ("encoding", "by words", "by vectors", "writing")
 INTERVAL = 0.5  # seconds between two looks at the process

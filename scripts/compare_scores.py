@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.config.parsing import StageParser
 from transencoder.errors import one_line_errors
-from transencoder.parsing import StageParser
 from transencoder.selection import agreement
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.config.tools import DemoArguments, parse_tool
 from transencoder.demo import check_packages, check_port, choose_models, keep_uploads_in, open_demo
 from transencoder.errors import one_line_errors
-from transencoder.runtime import quiet_libraries
-from transencoder.tool_arguments import DemoArguments, parse_tool
+from transencoder.runtime.accelerator import quiet_libraries
 
 
 @one_line_errors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.parsing import answer_early
+from transencoder.config.parsing import answer_early
 
 STAGE = "distill_bi2cross"
 answer_early(STAGE, __doc__)
@@ -18,17 +18,17 @@ answer_early(STAGE, __doc__)
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from transencoder.data import PairInputs
+from transencoder.batches import PairInputs
+from transencoder.data.pools import swap_of
+from transencoder.data.tasks import load_dev
 from transencoder.encoders import CrossEncoder
 from transencoder.errors import one_line_errors
-from transencoder.files import write_run
+from transencoder.labels import order_matters, pseudo_labels, read_label_pairs
 from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
-from transencoder.model_names import check_cross_encoder, check_language_model
-from transencoder.pools import swap_of
-from transencoder.runtime import log
-from transencoder.scoring import order_matters, pseudo_labels, read_label_pairs
+from transencoder.model_files import check_cross_encoder, check_language_model
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
-from transencoder.tasks import load_dev
 from transencoder.training import Batch, begin, count_pieces, finish, train
 
 

@@ -10,23 +10,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.parsing import answer_early
+from transencoder.config.parsing import answer_early
 
 STAGE = "distill_cross2bi"
 answer_early(STAGE, __doc__)
 
 from torch import Tensor, nn
 
-from transencoder.data import SentencePairs
+from transencoder.batches import SentencePairs
+from transencoder.data.tasks import load_dev
 from transencoder.encoders import BiEncoder
 from transencoder.errors import one_line_errors
-from transencoder.files import write_run
+from transencoder.labels import pseudo_labels, read_label_pairs
 from transencoder.losses import BI_LOSSES
-from transencoder.model_names import check_bi_encoder
-from transencoder.runtime import log
-from transencoder.scoring import pseudo_labels, read_label_pairs
+from transencoder.model_files import check_bi_encoder
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
-from transencoder.tasks import load_dev
 from transencoder.training import Batch, begin, count_pieces, finish, train
 
 

@@ -10,22 +10,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.parsing import answer_early
+from transencoder.config.parsing import answer_early
 
 STAGE = "evaluate_encoders"
 answer_early(STAGE, __doc__)
 
 import numpy as np
 
+from transencoder.config.parsing import parse_stage
+from transencoder.data.paper import check_setting
+from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
-from transencoder.files import claim, write_json, write_run, write_text
-from transencoder.model_names import check_encoders, inspect_encoder
-from transencoder.paper import check_setting
-from transencoder.parsing import parse_stage
-from transencoder.runtime import log, start, start_trackers
+from transencoder.model_files import check_encoders, inspect_encoder
+from transencoder.runtime.accelerator import log, start, start_trackers
+from transencoder.runtime.files import write_json, write_text
+from transencoder.runtime.records import claim, write_run
 from transencoder.scoring import Teachers, score_with
-from transencoder.tasks import expand_groups, load_task
 
 
 @one_line_errors

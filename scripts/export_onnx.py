@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.config.parsing import StageParser
 from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
-from transencoder.export import ONNX_FILE, check_packages, export_onnx
-from transencoder.model_names import check_encoders
-from transencoder.parsing import StageParser
-from transencoder.runtime import log, quiet_libraries
+from transencoder.hub.export import ONNX_FILE, check_packages, export_onnx
+from transencoder.model_files import check_encoders
+from transencoder.runtime.accelerator import log, quiet_libraries
 
 
 def parse() -> argparse.Namespace:

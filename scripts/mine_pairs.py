@@ -13,19 +13,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.parsing import answer_early
+from transencoder.config.parsing import answer_early
 
 STAGE = "mine_pairs"
 answer_early(STAGE, __doc__)
 
+from transencoder.config.parsing import parse_stage
+from transencoder.data.pools import read_sentence_pool
 from transencoder.errors import one_line_errors
-from transencoder.files import identity
-from transencoder.mining import Sides, mine_to_file, parse_mix, wanted_pairs
-from transencoder.model_names import check_bi_encoders
-from transencoder.parsing import parse_stage
-from transencoder.pools import read_sentence_pool
-from transencoder.runtime import log, log_next, start
-from transencoder.scoring import check_output, scores_are_there
+from transencoder.labels import check_output, scores_are_there
+from transencoder.model_files import check_bi_encoders
+from transencoder.runtime.accelerator import log, log_next, start
+from transencoder.runtime.records import identity
+from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pairs
 
 
 @one_line_errors

@@ -10,14 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.engines import processor_cores, without_gpu
+from transencoder.config.options import HubTarget
+from transencoder.config.parsing import StageParser
 from transencoder.errors import one_line_errors
-from transencoder.hub import remember
-from transencoder.options import HubTarget
-from transencoder.parsing import StageParser
-from transencoder.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
-from transencoder.releases import check_run_target
-from transencoder.runtime import quiet_libraries
+from transencoder.hub.push import remember
+from transencoder.hub.releases import check_run_target
+from transencoder.run.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
+from transencoder.runtime.accelerator import quiet_libraries
+from transencoder.runtime.backends import processor_cores, without_gpu
 
 
 def parse() -> tuple[HubTarget, argparse.Namespace]:

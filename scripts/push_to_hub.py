@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.config.options import HubTarget
+from transencoder.config.parsing import StageParser
 from transencoder.errors import InputError, one_line_errors
-from transencoder.files import RUN_FILE
-from transencoder.hub import Repository, check_target, push, recall, remember, stage_repository
-from transencoder.options import HubTarget
-from transencoder.parsing import StageParser
-from transencoder.releases import run_repositories
-from transencoder.runtime import quiet_libraries
+from transencoder.hub.push import Repository, check_target, push, recall, remember, stage_repository
+from transencoder.hub.releases import run_repositories
+from transencoder.runtime.accelerator import quiet_libraries
+from transencoder.runtime.records import RUN_FILE
 
 
 def parse() -> tuple[HubTarget, argparse.Namespace]:

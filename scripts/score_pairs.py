@@ -10,18 +10,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.parsing import answer_early
+from transencoder.config.parsing import answer_early
 
 STAGE = "score_pairs"
 answer_early(STAGE, __doc__)
 
+from transencoder.config.parsing import parse_stage
+from transencoder.data.pools import check_both_orders, is_ordered, read_pool
 from transencoder.errors import one_line_errors
-from transencoder.files import identity
-from transencoder.model_names import check_encoders
-from transencoder.parsing import parse_stage
-from transencoder.pools import check_both_orders, is_ordered, read_pool
-from transencoder.runtime import log, log_next, start
-from transencoder.scoring import Teachers, check_output, score_to_file, scores_are_there
+from transencoder.labels import check_output, score_to_file, scores_are_there
+from transencoder.model_files import check_encoders
+from transencoder.runtime.accelerator import log, log_next, start
+from transencoder.runtime.records import identity
+from transencoder.scoring import Teachers
 
 
 @one_line_errors

@@ -16,14 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import numpy as np
 
+from transencoder.config.tools import SearchArguments, parse_tool
+from transencoder.data.tables import read_pairs, read_sentences, sentence_parts
 from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
-from transencoder.files import write_text
-from transencoder.index import Hit, Searcher, add_sentences, check_index, load_index, new_sentences, partners, recall
-from transencoder.model_names import check_bi_encoder, check_cross_encoder
-from transencoder.runtime import log, start
-from transencoder.tables import read_pairs, read_sentences, sentence_parts
-from transencoder.tool_arguments import SearchArguments, parse_tool
+from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.runtime.accelerator import log, start
+from transencoder.runtime.files import write_text
+from transencoder.search.index import (
+    Hit,
+    Searcher,
+    add_sentences,
+    check_index,
+    load_index,
+    new_sentences,
+    partners,
+    recall,
+)
 
 
 def open_searcher(arguments: SearchArguments) -> Searcher:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+from transencoder.config.parsing import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import origin
-from transencoder.files import write_text
-from transencoder.parsing import StageParser
-from transencoder.runtime import log_next
-from transencoder.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
+from transencoder.run.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
+from transencoder.runtime.accelerator import log_next
+from transencoder.runtime.files import write_text
 
 NOTES = """
 Spearman's rho or AUC, x 100; a title ending in `.dev` is the set that checkpoints were chosen on. If the test pairs

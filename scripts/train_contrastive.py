@@ -10,21 +10,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.parsing import answer_early
+from transencoder.config.parsing import answer_early
 
 STAGE = "train_contrastive"
 answer_early(STAGE, __doc__)
 
-from transencoder.data import DropoutViews, MaskedViews
+from transencoder.batches import DropoutViews, MaskedViews
+from transencoder.data.pools import read_sentence_pool
+from transencoder.data.tables import sample
+from transencoder.data.tasks import load_dev
 from transencoder.encoders import BiEncoder, MLPHead, add_drophead
 from transencoder.errors import one_line_errors
-from transencoder.files import write_run
 from transencoder.losses import InfoNCE
-from transencoder.model_names import check_language_model
-from transencoder.pools import read_sentence_pool
-from transencoder.runtime import log
-from transencoder.tables import sample
-from transencoder.tasks import load_dev
+from transencoder.model_files import check_language_model
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.records import write_run
 from transencoder.training import begin, count_pieces, finish, train
 
 

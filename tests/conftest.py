@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-import warm
+from support import warm
 
 SHARED = "TRANSENCODER_TESTS"  # environment variable: the folder and the process that all workers of pytest share
 WORDS = [

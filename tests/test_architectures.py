@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
-from transencoder.export import export_onnx
-from transencoder.files import MODEL_FILES
-from transencoder.model_names import inspect_encoder
+from transencoder.hub.export import export_onnx
+from transencoder.model_files import inspect_encoder
+from transencoder.runtime.files import MODEL_FILES
 from transencoder.scoring import PreparedPairs, score_prepared
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)

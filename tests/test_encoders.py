@@ -33,8 +33,8 @@ from transformers import (
 from transencoder import embeddings, scoring
 from transencoder.encoders import BiEncoder, CrossEncoder, MLPHead, add_drophead, load_encoder
 from transencoder.errors import InputError
-from transencoder.model_names import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
-from transencoder.parts import Parts
+from transencoder.model_files import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
+from transencoder.runtime.shards import Parts
 from transencoder.scoring import PreparedPairs, Teachers, score_prepared, score_with
 
 PAIRS = [(row["sentence1"], row["sentence2"]) for row in random_pairs(24)]

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from conftest import random_pairs, write_jsonl
 
-from transencoder import paper, summary
+from transencoder.data import paper
+from transencoder.data.tasks import TASKS, Task, load_task
 from transencoder.encoders import CrossEncoder
 from transencoder.errors import InputError
 from transencoder.evaluation import (
@@ -26,9 +27,9 @@ from transencoder.evaluation import (
     results_table,
     shown_value,
 )
-from transencoder.files import code_version
-from transencoder.summary import Round, best_round, collect_rounds, dev_of, keep_best, plot_progress, summary_table
-from transencoder.tasks import TASKS, Task, load_task
+from transencoder.run import summary
+from transencoder.run.summary import Round, best_round, collect_rounds, dev_of, keep_best, plot_progress, summary_table
+from transencoder.runtime.records import code_version
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ import pytest
 from conftest import launch, random_pairs
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from transencoder import lexical, tables
+from transencoder import lexical
+from transencoder.config.parsing import parse_stage
+from transencoder.data import tables
 from transencoder.errors import InputError
 from transencoder.lexical import lexical_scores
-from transencoder.parsing import parse_stage
 from transencoder.selection import agreement, hold_out, select_by, stopped_before, training_rows
 
 BI = ["--model_name_or_path", "m", "--scores", "s", "--output_dir", "o"]

@@ -11,17 +11,17 @@ from pathlib import Path
 import datasets
 from accelerate import Accelerator
 
+from transencoder.config.recipes import read_recipe
+from transencoder.config.tools import DemoArguments
+from transencoder.data.tables import read_sentences
 from transencoder.embeddings import score_texts
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.errors import InputError
-from transencoder.index import Hit, Searcher, SentenceIndex, index_in_memory
-from transencoder.model_names import check_bi_encoder, check_cross_encoder
-from transencoder.neighbours import EXACT_ROWS
-from transencoder.recipes import read_recipe
-from transencoder.runtime import start
-from transencoder.summary import Round, best_round, collect_rounds
-from transencoder.tables import read_sentences
-from transencoder.tool_arguments import DemoArguments
+from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.run.summary import Round, best_round, collect_rounds
+from transencoder.runtime.accelerator import start
+from transencoder.search.index import Hit, Searcher, SentenceIndex, index_in_memory
+from transencoder.search.neighbours import EXACT_ROWS
 
 MOST_SENTENCES = EXACT_ROWS  # of a file that somebody waits for; search.py keeps an index of more of them
 

@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig
 
-from transencoder.data import tokenize
+from transencoder.data.tables import RANDOM_ROWS, SENTENCES
+from transencoder.data.tokens import tokenize
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
-from transencoder.engines import autocast
 from transencoder.errors import writing
 from transencoder.inference import each_part
-from transencoder.parts import Parts
-from transencoder.tables import RANDOM_ROWS, SENTENCES
+from transencoder.runtime.backends import autocast
+from transencoder.runtime.shards import Parts
 
 TEXTS_AT_ONCE = 64  # of a few texts that are not worth sorting by length
 

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from transencoder.errors import InputError
-from transencoder.files import write_json
-from transencoder.model_names import (
+from transencoder.model_files import (
     POOLINGS,
     Kind,
     check_finite,
@@ -23,7 +22,8 @@ from transencoder.model_names import (
     saved_length,
     told_in_one_line,
 )
-from transencoder.shortcuts import read_first_token_only
+from transencoder.runtime.files import write_json
+from transencoder.runtime.speed import read_first_token_only
 
 # These class paths are the ones that sentence-transformers 3 to 6 all resolve.
 MODULES = [

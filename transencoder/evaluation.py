@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from scipy import stats
 from torch import nn
 
-from transencoder.files import code_version
-from transencoder.model_names import inspect_encoder
-from transencoder.paper import published_values, row_of
+from transencoder.data.paper import published_values, row_of
+from transencoder.data.tasks import Task, title
+from transencoder.model_files import inspect_encoder
+from transencoder.runtime.records import code_version
+from transencoder.sanity import check_scores
 from transencoder.scoring import PreparedPairs, score_prepared
-from transencoder.soundness import check_scores
-from transencoder.tasks import Task, title
 
 FEATURES = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
 CITATION = "Virtanen et al., SciPy 1.0, Nature Methods 17 (2020)"

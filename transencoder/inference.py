@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from transencoder.data import TokenRows, pad
+from transencoder.data.tables import release_pages
+from transencoder.data.tokens import TokenRows, pad
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.engines import autocast
-from transencoder.interruption import StopSignal, stop_here
-from transencoder.parts import Parts
-from transencoder.runtime import log_idle_cores, progress_bar
-from transencoder.tables import release_pages
+from transencoder.runtime.accelerator import log_idle_cores, progress_bar
+from transencoder.runtime.backends import autocast
+from transencoder.runtime.shards import Parts
+from transencoder.runtime.signals import StopSignal, stop_here
 
 # Tokens in a forward pass, unless somebody says another number: a processor is fastest where a layer's states stay in
 # its cache, a GPU where there is enough to do.

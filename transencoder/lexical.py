@@ -9,8 +9,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from transencoder.data import unique_sentences
-from transencoder.tables import RANDOM_ROWS, blocks, cache_folder, release_pages
+from transencoder.data.tables import RANDOM_ROWS, blocks, cache_folder, release_pages
+from transencoder.data.tokens import unique_sentences
 
 COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose vectors are gathered at a time
 NGRAMS = (2, 4)  # characters, inside words: word forms and spellings of one word share most of them

@@ -9,7 +9,7 @@ import gradio as gr
 
 from transencoder.demo import Choice, Corpus, Demo, Found
 from transencoder.errors import InputError
-from transencoder.runtime import log
+from transencoder.runtime.accelerator import log
 
 MOST_RESULTS = 50
 LARGEST_FILE = "100mb"

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
-from transencoder.arguments import LabelArguments, TrainingArguments
+from transencoder.config.arguments import LabelArguments, TrainingArguments
+from transencoder.data.tables import PAIRS, row_hashes
+from transencoder.data.tasks import Task
 from transencoder.errors import InputError
-from transencoder.tables import PAIRS, row_hashes
-from transencoder.tasks import Task
 
 
 def select_by(arguments: TrainingArguments) -> str:

@@ -17,23 +17,24 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import get_scheduler
 
-from transencoder.arguments import TrainingArguments
-from transencoder.checkpoints import Checkpoints, check_resumable, remove_checkpoints
-from transencoder.data import LengthWindowSampler, make_loader
+from transencoder.batches import LengthWindowSampler, make_loader
+from transencoder.config.arguments import TrainingArguments
+from transencoder.config.parsing import parse_stage
+from transencoder.data.tasks import Task
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.engines import engine_name, precision, set_batch
 from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
-from transencoder.files import claim, place_model, write_folder, write_run
-from transencoder.hub import check_hub, push_stage
-from transencoder.interruption import StopSignal, stop_here
-from transencoder.parsing import parse_stage
-from transencoder.processes import lock
-from transencoder.runtime import log, log_idle_cores, log_next, progress_bar, start, start_trackers
+from transencoder.hub.push import check_hub, push_stage
+from transencoder.runtime.accelerator import log, log_idle_cores, log_next, progress_bar, start, start_trackers
+from transencoder.runtime.backends import engine_name, precision, set_batch
+from transencoder.runtime.checkpoints import Checkpoints, check_resumable, remove_checkpoints
+from transencoder.runtime.files import place_model, write_folder
+from transencoder.runtime.locks import lock
+from transencoder.runtime.records import claim, write_run
+from transencoder.runtime.signals import StopSignal, stop_here
+from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_processor_dropout
+from transencoder.sanity import LossWatch, broken_weights
 from transencoder.selection import select_by
-from transencoder.shortcuts import keep_freed_memory, release_freed_memory, use_processor_dropout
-from transencoder.soundness import LossWatch, broken_weights
-from transencoder.tasks import Task
 
 LOG_STEPS = 10
 # What is done with a stage's model.

@@ -25,8 +25,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import warm
-from warm import BASE, Warm
+from support import warm
+from support.warm import BASE, Warm
 
 ACCELERATE = "accelerate launch --num_cpu_threads_per_process 1"
 CONFIGS = ROOT / "accelerate_configs"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import LAUNCHERS, ROOT, Lane, Start, complain, differences
-from warm import UNPRIVILEGED, Warm
+from support.warm import UNPRIVILEGED, Warm
 
 
 @dataclass

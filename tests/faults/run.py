@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import AT_WORK, HANGS, LAUNCHERS, Lane, complain, differences, draw_target, stage_seconds
-from warm import Warm
+from support.warm import Warm
 
 RECORD = "faults.jsonl"
 

@@ -26,9 +26,9 @@ import others
 from conftest import warm_python
 from harness import AT_WORK, Lane, complain, differences
 
-from transencoder import processes
 from transencoder.errors import BrokenRun, FullDisk, InputError, one_line_errors, storage_error, writing
-from transencoder.processes import lock, remove_abandoned, unlock
+from transencoder.runtime import locks as processes
+from transencoder.runtime.locks import lock, remove_abandoned, unlock
 
 IS_ROOT = os.geteuid() == 0
 

@@ -1,0 +1,673 @@
+"""Command line, recipes, and the driver's plan."""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import random_pairs, write_jsonl
+
+from transencoder.config.arguments import LIMITS, POSITIVE, STAGES, ContrastiveArguments
+from transencoder.config.parsing import parse_stage
+from transencoder.config.recipes import DRIVER, as_options, read_recipe
+from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments
+from transencoder.encoders import BiEncoder
+from transencoder.errors import InputError, one_line_errors
+from transencoder.run.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
+
+CROSS = ["--model_name_or_path", "bert", "--scores", "s.parquet", "--output_dir", "out"]
+STEP1 = ["--model_name_or_path", "bert", "--sentences", "s.txt", "--output_dir", "out"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe from text."""
+
+    def write(text: str) -> str:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+# --- precedence ------------------------------------------------------------------------------------------------------
+
+
+def test_command_line_goes_before_the_script_section_before_common_before_the_default(recipe):
+    path = recipe(
+        "common: {seed: 1, num_epochs: 2, eval_steps: 3}\ndistill_bi2cross: {num_epochs: 4, eval_steps: 5}\n"
+    )
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path, "--eval_steps", "6"])
+    assert (arguments.seed, arguments.num_epochs, arguments.eval_steps) == (1, 4, 6)
+    assert (arguments.learning_rate, arguments.total_batch_size) == (2e-5, 32)  # of the script itself
+    # The place of --recipe does not matter, nor its form.
+    assert parse_stage("distill_bi2cross", argv=[f"--recipe={path}", "--eval_steps=6", *CROSS]) == arguments
+
+
+def test_a_list_on_the_command_line_replaces_the_recipes(recipe):
+    path = recipe("score_pairs: {encoders: [a, b], pairs: [p, q], output: o}\n")
+    arguments = parse_stage("score_pairs", argv=["--recipe", path, "--encoders", "c"])
+    assert (arguments.encoders, arguments.pairs) == (["c"], ["p", "q"])
+
+
+def test_common_keys_of_other_scripts_and_the_drivers_section_are_left_out(recipe):
+    path = recipe("common: {temperature: 0.1, swap: false}\nrun_transencoder: {whatever: 1}\nscore_pairs: {seed: 3}\n")
+    assert parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path]).swap is False
+    assert parse_stage("train_contrastive", argv=[*STEP1, "--recipe", path]).temperature == 0.1
+    assert parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path]).seed == 2021
+
+
+def test_recipe_values_arrive_in_their_types(recipe):
+    path = recipe(
+        "distill_bi2cross:\n"
+        "  learning_rate: 2e-4  # a string in YAML 1.1\n"
+        "  weight_decay: 1.0e-2\n"
+        "  swap: false\n"
+        "  dropout: null\n"
+        "  max_steps: 10\n"
+        "  columns: [sentence1=a, 'sentence2=b c']\n"
+        "  dev: {}\n".format("'mine=a file.tsv'")
+    )
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path])
+    assert arguments.learning_rate == 2e-4
+    assert arguments.weight_decay == 0.01
+    assert arguments.swap is False
+    assert arguments.dropout is None
+    assert arguments.max_steps == 10
+    assert arguments.columns == ["sentence1=a", "sentence2=b c"]
+    assert arguments.dev == "mine=a file.tsv"
+
+
+def test_the_booleans_of_a_recipe_are_those_of_yaml_1_2(recipe, capsys):
+    text = (
+        "common: {mixed_precision: no}\ndistill_bi2cross: {dev: on, swap: False}\nrun_transencoder: {a: [yes, True]}\n"
+    )
+    path = recipe(text)
+    content = read_recipe(path)
+    assert content["common"] == {"mixed_precision": "no"}
+    assert content["distill_bi2cross"] == {"dev": "on", "swap": False}
+    assert content[DRIVER] == {"a": ["yes", True]}
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path])
+    assert (arguments.mixed_precision, arguments.dev, arguments.swap) == ("no", "on", False)
+    assert "--swap" in refusal(
+        capsys, "distill_bi2cross", *CROSS, "--recipe", recipe("distill_bi2cross: {swap: off}\n")
+    )
+
+
+def test_a_resolved_recipe_keeps_its_words(recipe, tmp_path):
+    content = resolve_recipe(recipe("common: {mixed_precision: no, dev: off, swap: true}\n"))
+    keep_recipe(content, tmp_path / "run")
+    assert read_recipe(str(tmp_path / "run" / "recipe.yaml")) == content
+    assert content["common"] == {"mixed_precision": "no", "dev": "off", "swap": True}
+
+
+@pytest.mark.parametrize("text", ["common:\n", "common:\ndistill_bi2cross:\n", "common: {}\n"])
+def test_an_empty_section_is_the_same_as_no_keys(recipe, text):
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", recipe(text)])
+    assert {**vars(arguments), "recipe": None} == vars(parse_stage("distill_bi2cross", argv=CROSS))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], (None, False)), (["--swap", "false"], (False, False)), (["--swap", "True", "--carry_over"], (True, True))],
+)
+def test_booleans(words, expected):
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, *words])
+    assert (arguments.swap, arguments.carry_over) == expected
+
+
+def test_the_methods_have_their_own_defaults():
+    def values(*words: str) -> tuple:
+        a = parse_stage("train_contrastive", argv=[*STEP1, *words])
+        return a.learning_rate, a.total_batch_size, a.max_length, a.temperature, a.mlp_head, a.num_sentences
+
+    assert values() == values("--method", "simcse") == (3e-5, 64, 32, 0.05, True, None)
+    assert values("--method", "mirror") == (2e-5, 200, 50, 0.04, False, 10_000)
+    given = ["--temperature", "0.1", "--mlp_head", "true", "--total_batch_size", "8"]
+    assert values("--method", "mirror", *given) == (2e-5, 8, 50, 0.1, True, 10_000)
+    assert values("--mlp_head", "false")[4] is False
+
+
+def test_a_recipe_value_goes_before_the_methods_default(recipe):
+    path = recipe("train_contrastive: {method: mirror, max_length: 20, mlp_head: false}\n")
+    arguments = parse_stage("train_contrastive", argv=[*STEP1, "--recipe", path])
+    assert (arguments.method, arguments.max_length, arguments.temperature) == ("mirror", 20, 0.04)
+    arguments = parse_stage("train_contrastive", argv=[*STEP1, "--recipe", path, "--method", "simcse"])
+    assert (arguments.method, arguments.max_length, arguments.mlp_head) == ("simcse", 20, False)
+
+
+def test_every_method_has_defaults_for_the_same_options():
+    required = {"learning_rate", "total_batch_size", "max_length", "temperature", "mlp_head"}
+    assert all(required <= set(defaults) for defaults in ContrastiveArguments.METHOD_DEFAULTS.values())
+
+
+def test_as_options_is_what_the_parser_reads():
+    values = {"swap": False, "dropout": None, "seed": 3, "columns": ["a=b", "c=d e"], "learning_rate": "2e-5"}
+    words = as_options(values)
+    assert words == ["--swap", "False", "--seed", "3", "--columns", "a=b", "c=d e", "--learning_rate", "2e-5"]
+    arguments = parse_stage("distill_bi2cross", argv=[*CROSS, *words])
+    assert (arguments.swap, arguments.seed, arguments.columns) == (False, 3, ["a=b", "c=d e"])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(capsys, stage: str, *argv: str) -> str:
+    """The one line that a script says of these words, which it leaves with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        one_line_errors(lambda: parse_stage(stage, argv=list(argv)))()
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert ": error: " in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--sede", "1"], "unknown arguments: --sede 1"),
+        (["--see", "1"], "--see"),  # no abbreviations
+        (["stray"], "stray"),
+        (["--seed", "x"], "--seed"),
+        (["--seed"], "--seed"),
+        (["--swap", "perhaps"], "--swap"),
+        (["--mixed_precision", "fp64"], "fp64"),
+        (["--recipe"], "--recipe"),
+    ],
+)
+def test_bad_words_are_told_in_one_line(capsys, words, expected):
+    assert expected in refusal(capsys, "distill_bi2cross", *CROSS, *words)
+
+
+def test_missing_required_options_are_told_in_one_line(capsys):
+    line = refusal(capsys, "distill_bi2cross", "--scores", "s.parquet")
+    assert "--model_name_or_path" in line
+    assert "--output_dir" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("distill_bi2cross: {sede: 1}\n", "unknown key 'sede' in section 'distill_bi2cross'"),
+        ("distill_bi2cross: {temperature: 1}\n", "unknown key 'temperature' in section 'distill_bi2cross'"),
+        ("common: {sede: 1}\n", "unknown key 'sede' in section 'common'"),
+        ("score_pairs: {sede: 1}\n", "unknown key 'sede' in section 'score_pairs'"),  # of another script
+        ("distil_bi2cross: {seed: 1}\n", "unknown section 'distil_bi2cross'; known: "),
+        ("seed: 1\n", "must hold sections of keys"),
+        ("- seed\n", "must hold sections of keys"),
+        ("", "must hold sections of keys"),
+        ("common: 1\n", "must hold sections of keys"),
+        ("common: []\n", "must hold sections of keys"),
+        ("common: {seed: 1\n", "not YAML: "),
+        ("common: {num_epochs: many}\n", "--num_epochs"),
+        ("distill_bi2cross: {mixed_precision: fp64}\n", "fp64"),
+    ],
+)
+def test_bad_recipes_are_told_in_one_line(capsys, recipe, text, expected):
+    assert expected in refusal(capsys, "distill_bi2cross", *CROSS, "--recipe", recipe(text))
+
+
+def test_a_recipe_that_is_not_there_or_no_text_is_told_in_one_line(capsys, tmp_path):
+    missing = str(tmp_path / "no.yaml")
+    assert f"--recipe {missing}: No such file" in refusal(capsys, "distill_bi2cross", *CROSS, "--recipe", missing)
+    (tmp_path / "latin.yaml").write_bytes(b"common: {dev: \xff}\n")
+    path = str(tmp_path / "latin.yaml")
+    assert f"--recipe {path}: not YAML" in refusal(capsys, "distill_bi2cross", *CROSS, "--recipe", path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "give either --scores FILE or --teachers ENCODER --pairs FILE"),
+        (["--scores", "s", "--teachers", "t", "--pairs", "p"], "give either --scores FILE or --teachers"),
+        (["--teachers", "t"], "--teachers and --pairs go together"),
+        (["--scores", "s", "--pairs", "p"], "--teachers and --pairs go together"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["distill_bi2cross", "distill_cross2bi"])
+def test_labels_come_from_a_file_or_from_teachers(capsys, stage, words, expected):
+    line = refusal(capsys, stage, "--model_name_or_path", "bert", "--output_dir", "out", *words)
+    assert expected in line
+
+
+BAD_NUMBERS = [
+    ("distill_bi2cross", "total_batch_size", "0", "at least 1"),
+    ("distill_bi2cross", "micro_batch_size", "0", "at least 1"),
+    ("distill_bi2cross", "num_epochs", "0", "at least 1"),
+    ("distill_cross2bi", "max_steps", "-1", "at least 1"),
+    ("distill_cross2bi", "max_steps", "0", "at least 1"),
+    ("distill_bi2cross", "eval_steps", "0", "at least 1"),
+    ("score_pairs", "eval_batch_tokens", "0", "at least 1"),
+    ("train_contrastive", "length_window", "0", "at least 1"),
+    ("train_contrastive", "mask_characters", "0", "at least 1"),
+    ("train_contrastive", "num_sentences", "1", "at least 2"),
+    ("train_contrastive", "max_length", "2", "at least 3"),
+    ("evaluate_encoders", "seed", "-1", "from 0 to 4294967295"),
+    ("score_pairs", "seed", str(2**32), "from 0 to 4294967295"),
+    ("distill_bi2cross", "warmup_ratio", "1.01", "from 0 to 1"),
+    ("distill_bi2cross", "warmup_ratio", "-0.1", "from 0 to 1"),
+    ("distill_bi2cross", "dropout", "2", "from 0 to 1"),
+    ("train_contrastive", "drophead", "-0.5", "from 0 to 1"),
+    ("distill_bi2cross", "weight_decay", "-1", "at least 0"),
+    ("distill_bi2cross", "learning_rate", "nan", "a positive number"),
+    ("distill_bi2cross", "learning_rate", "inf", "a positive number"),
+    ("distill_bi2cross", "learning_rate", "0", "a positive number"),
+    ("distill_bi2cross", "learning_rate", "-1", "a positive number"),
+    ("train_contrastive", "temperature", "0", "a positive number"),
+    ("distill_cross2bi", "max_grad_norm", "0", "a positive number"),
+    ("distill_cross2bi", "dropout", "nan", "must be"),
+    ("distill_cross2bi", "weight_decay", "inf", "must be"),
+]
+REQUIRED = {
+    "train_contrastive": STEP1,
+    "mine_pairs": ["--encoders", "e", "--sentences", "s.txt", "--output", "p.parquet"],
+    "score_pairs": ["--encoders", "e", "--pairs", "p", "--output", "o.parquet"],
+    "distill_bi2cross": CROSS,
+    "distill_cross2bi": CROSS,
+    "evaluate_encoders": ["--encoders", "e", "--tasks", "t", "--output_dir", "out"],
+}
+
+
+@pytest.mark.parametrize(("stage", "name", "value", "expected"), BAD_NUMBERS)
+def test_a_number_that_makes_no_sense_is_told_in_one_line(capsys, stage, name, value, expected):
+    line = refusal(capsys, stage, *REQUIRED[stage], f"--{name}", value)
+    assert f"--{name} " in line
+    assert expected in line
+
+
+def test_a_number_of_a_recipe_is_checked_too(capsys, recipe):
+    path = recipe("common: {total_batch_size: 0}\n")
+    assert "--total_batch_size 0: must be at least 1" in refusal(capsys, "distill_bi2cross", *CROSS, "--recipe", path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("distill_bi2cross", "total_batch_size", 1),
+        ("distill_bi2cross", "max_steps", 1),
+        ("distill_bi2cross", "warmup_ratio", 0),
+        ("distill_bi2cross", "warmup_ratio", 1),
+        ("distill_bi2cross", "dropout", 0),
+        ("distill_bi2cross", "weight_decay", 0),
+        ("distill_bi2cross", "seed", 0),
+        ("distill_bi2cross", "seed", 2**32 - 1),
+        ("distill_bi2cross", "learning_rate", 1e-9),
+        ("train_contrastive", "max_length", 3),
+        ("train_contrastive", "num_sentences", 2),
+        ("train_contrastive", "drophead", 1),
+    ],
+)
+def test_numbers_at_their_limits_are_taken(stage, name, value):
+    assert getattr(parse_stage(stage, argv=[*REQUIRED[stage], f"--{name}", str(value)]), name) == value
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_defaults_are_within_the_limits(stage):
+    parse_stage(stage, argv=REQUIRED[stage])
+
+
+def test_every_limit_is_that_of_an_option():
+    known = {name for stage in STAGES for name in vars(parse_stage(stage, argv=REQUIRED[stage]))}
+    known |= {
+        field.name
+        for tool in (SearchArguments, DuplicatesArguments, DemoArguments)
+        for field in dataclasses.fields(tool)
+    }
+    assert {*LIMITS, *POSITIVE} <= known
+
+
+@pytest.mark.parametrize("rank", ["0", None])
+def test_the_first_of_all_processes_tells_an_error(capsys, monkeypatch, rank):
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    assert "--sede" in refusal(capsys, "distill_bi2cross", *CROSS, "--sede", "1")
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_only_the_first_of_all_processes_tells_an_error(capsys, monkeypatch, local_rank):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)  # the first one of the second machine is silent too
+    with pytest.raises(SystemExit) as caught:
+        one_line_errors(lambda: parse_stage("distill_bi2cross", argv=[*CROSS, "--sede", "1"]))()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_keep_their_traceback():
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        one_line_errors(fail)()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_every_option_with_its_default(capsys, stage):
+    with pytest.raises(SystemExit) as caught:
+        parse_stage(stage, "What it does.", ["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "What it does." in shown
+    assert "--seed" in shown
+    assert "(default: 2021)" in shown
+
+
+# --- the driver's plan -----------------------------------------------------------------------------------------------
+
+RECIPE = {
+    DRIVER: {
+        "students": [{"name": "bert", "plm": "bert-base-uncased"}],
+        "sentences": "s.txt",
+        "pairs": ["p.tsv"],
+        "tasks": "stsb",
+    }
+}
+
+
+def plan_with(**changes: object) -> dict:
+    """`RECIPE` with other driver keys; None leaves a key out."""
+    section = {**RECIPE[DRIVER], **changes}
+    return {DRIVER: {key: value for key, value in section.items() if value is not None}}
+
+
+def test_a_plan_takes_single_names_for_lists_and_the_papers_cycles():
+    plan = load_plan(RECIPE, "r.yaml")
+    assert (plan.sentences, plan.pairs, plan.tasks, plan.cycles, plan.dev) == (["s.txt"], ["p.tsv"], ["stsb"], 3, None)
+    assert [student.name for student in plan.students] == ["bert"]
+    assert RECIPE[DRIVER]["tasks"] == "stsb"  # the recipe itself stays as it is
+
+
+def test_a_plan_names_the_members_of_a_group():
+    assert load_plan(plan_with(tasks=["sts", "stsb", "qqp"]), "r.yaml").tasks == [
+        "sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "qqp",
+    ]  # fmt: skip
+
+
+def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
+    student = {"name": "a", "bi_encoder": "org/simcse", "cross_encoder_plm": "bert"}
+    (student,) = load_plan(plan_with(students=[student], sentences=None), "r.yaml").students
+    assert (student.plm, student.bi_encoder) == (None, "org/simcse")
+
+
+@pytest.mark.parametrize(
+    ("recipe_", "expected"),
+    [
+        ({"common": {"seed": 1}}, "no section 'run_transencoder'"),
+        (plan_with(students=None), "students must be a list of models"),
+        (plan_with(students=[]), "students must be a list of models"),
+        (plan_with(students="bert"), "students must be a list of models"),
+        (plan_with(students=["bert"]), "students must be a list of models"),
+        (plan_with(students=[{"plm": "bert"}]), "needs 'name'"),
+        (plan_with(students=[{"name": "a", "model": "bert"}]), "unknown key 'model'"),
+        (plan_with(students=[{"name": "a"}]), "student a: no plm"),
+        (plan_with(students=[{"name": "a", "bi_encoder": "b"}]), "student a: no plm"),
+        (plan_with(students=[{"name": "a", "cross_encoder_plm": "b"}]), "student a: needs a bi_encoder, or a plm"),
+        (plan_with(sentences=None), "student bert: needs a bi_encoder, or a plm and run_transencoder.sentences"),
+        (plan_with(students=[{"name": "a", "plm": "b"}, {"name": "a", "plm": "c"}]), "names must differ"),
+        (plan_with(students=[{"name": "a/b", "plm": "b"}]), "plain folder names: a/b"),
+        (plan_with(students=[{"name": "..", "plm": "b"}]), "plain folder names: .."),
+        (plan_with(students=[{"name": "ensemble", "plm": "b"}]), "cannot be called 'ensemble'"),
+        (plan_with(paper="simcse-bert-base/self"), "paper must name a setting of the paper for each student"),
+        (plan_with(paper={"roberta": "simcse-bert-base/self"}), "paper: no student 'roberta'"),
+        (plan_with(paper={"bert": "simcse-bert/self"}), "paper: the paper has no 'simcse-bert/self'; it has: "),
+        (plan_with(student_start="fresh"), "student_start must be refresh or carry_over, not 'fresh'"),
+        (plan_with(alternate="no"), "alternate must be true or false"),
+        (plan_with(pairs=None, sentences=None), "needs 'pairs', or 'sentences'"),
+        (plan_with(cycle=3), "unknown key 'cycle'"),
+        (plan_with(cycles=0), "cycles must be a whole number from 1"),
+        (plan_with(cycles="three"), "cycles must be a whole number from 1"),
+        (plan_with(cycles=True), "cycles must be a whole number from 1"),
+        (
+            plan_with(students=[{"name": "a", "plm": "b", "distill_bi2cross": "swap"}]),
+            "student a: distill_bi2cross must hold options",
+        ),
+        (
+            plan_with(students=[{"name": "a", "plm": "b", "train_contrastive": ["x"]}]),
+            "student a: train_contrastive must hold options",
+        ),
+    ],
+)
+def test_a_bad_plan_is_refused(recipe_, expected):
+    with pytest.raises(InputError) as caught:
+        load_plan(recipe_, "--recipe r.yaml")
+    assert str(caught.value).startswith("--recipe r.yaml: ")
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, {"a": "b"}, ["a", 1]])
+@pytest.mark.parametrize("key", ["pairs", "tasks", "sentences"])
+def test_a_plan_with_something_else_than_names_is_refused(key, value):
+    with pytest.raises(InputError, match=key):
+        load_plan(plan_with(**{key: value}), "r.yaml")
+
+
+@pytest.mark.parametrize("key", ["dev", "data_dir"])
+def test_a_plan_with_a_list_for_one_name_is_refused(key):
+    with pytest.raises(InputError, match=key):
+        load_plan(plan_with(**{key: ["a", "b"]}), "r.yaml")
+
+
+@pytest.mark.parametrize("key", ["name", "plm", "bi_encoder", "cross_encoder_plm"])
+def test_a_student_with_a_number_for_a_name_is_refused(key):
+    with pytest.raises(InputError, match=key):
+        load_plan(plan_with(students=[{"name": "a", "plm": "b", key: 7}]), "r.yaml")
+
+
+def test_a_students_options_are_not_read_before_the_inputs():
+    student = {"name": "a", "plm": "b", "distill_bi2cross": {"sede": 1}}
+    (student,) = load_plan(plan_with(students=[student]), "r.yaml").students
+    assert student.distill_bi2cross == {"sede": 1}
+
+
+@pytest.fixture
+def check_student(tiny_bert, corpus, tmp_path):
+    """Check a recipe with one student, some of its options, and other sections."""
+
+    def check(options: dict | None = None, sections: dict | None = None, **changes: object) -> None:
+        student = {"name": "bert", "plm": str(tiny_bert), **(options or {})}
+        driver = {
+            "students": [student],
+            "sentences": str(corpus / "sentences.txt"),
+            "pairs": str(corpus / "pairs.jsonl"),
+            "tasks": f"mine={corpus / 'test.jsonl'}",
+            "dev": f"mine.dev={corpus / 'dev.jsonl'}",
+            **changes,
+        }
+        path = write_yaml(
+            tmp_path / "checked.yaml", {"common": {"total_batch_size": 32}, **(sections or {}), DRIVER: driver}
+        )
+        check_inputs(load_plan(read_recipe(path), path), path)
+
+    return check
+
+
+def test_a_students_good_options_pass(check_student):
+    check_student()
+    check_student(
+        {
+            "train_contrastive": {"method": "mirror", "num_sentences": 50, "total_batch_size": 50, "max_steps": 3},
+            "distill_bi2cross": {"swap": False, "total_batch_size": 64, "select_by": "last"},
+            "distill_cross2bi": {"num_epochs": 2, "learning_rate": "1e-5", "micro_batch_size": 8},
+        },
+        {"common": {"mixed_precision": "no", "total_batch_size": 16}, "evaluate_encoders": {"seed": 3}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sections", "expected"),
+    [
+        ({"distill_bi2cross": {"sede": 1}}, {}, "--sede"),
+        ({"train_contrastive": {"swap": True}}, {}, "--swap"),
+        ({"distill_cross2bi": {"num_epochs": "lots"}}, {}, "--num_epochs"),
+        ({"train_contrastive": {"method": "bogus"}}, {}, "bogus"),
+        ({"distill_bi2cross": {"learning_rate": "nan"}}, {}, "--learning_rate nan: must be a positive number"),
+        ({"distill_bi2cross": {"total_batch_size": 0}}, {}, "--total_batch_size 0: must be at least 1"),
+        # The corpus has 96 sentences and 64 pairs, which are 128 examples of the cross-encoder.
+        ({"train_contrastive": {"total_batch_size": 97}}, {}, "96 examples are fewer than one batch"),
+        ({"train_contrastive": {"total_batch_size": 64, "num_sentences": 63}}, {}, "63 examples are fewer"),
+        ({"distill_cross2bi": {"total_batch_size": 65}}, {}, "64 examples are fewer"),
+        ({"distill_bi2cross": {"total_batch_size": 129}}, {}, "128 examples are fewer"),
+        ({"distill_bi2cross": {"total_batch_size": 65, "swap": False}}, {}, "64 examples are fewer"),
+        ({}, {"common": {"total_batch_size": 10_000}}, "(now 10000)"),
+        ({}, {"common": {"num_epochs": "lots"}}, "--num_epochs"),
+        ({}, {"common": {"report_to": "bogus"}}, "bogus"),
+        ({}, {"distill_bi2cross": {"dropout": 2}}, "--dropout 2"),
+        ({}, {"score_pairs": {"eval_batch_tokens": 0}}, "--eval_batch_tokens 0"),
+        ({}, {"evaluate_encoders": {"seed": "x"}}, "--seed"),
+    ],
+)
+def test_bad_options_of_stages_are_known_before_any_work(check_student, capsys, options, sections, expected):
+    with pytest.raises(SystemExit) as caught:
+        one_line_errors(lambda: check_student(options, sections))()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_as_many_examples_as_a_batch_are_enough(check_student):
+    sizes = {"train_contrastive": 96, "distill_bi2cross": 128, "distill_cross2bi": 64}
+    check_student({stage: {"total_batch_size": size} for stage, size in sizes.items()})
+
+
+def test_pairs_are_counted_without_repeats(check_student, tmp_path):
+    rows = random_pairs(10)
+    write_jsonl(tmp_path / "twice.jsonl", rows * 2)
+    sections = {"common": {"total_batch_size": 4}, "distill_cross2bi": {"total_batch_size": 11}}
+    with pytest.raises(InputError, match=r"^10 examples are fewer than one batch; .*now 11"):
+        check_student({}, sections, pairs=str(tmp_path / "twice.jsonl"))
+
+
+def test_a_ready_bi_encoder_needs_no_batch_of_sentences(check_student, tiny_bert, tmp_path):
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(ready)
+    options = {"bi_encoder": str(ready), "train_contrastive": {"total_batch_size": 10_000}}
+    check_student(options, sentences=None)
+    with pytest.raises(InputError, match="--sede"):
+        check_student({**options, "train_contrastive": {"sede": 1}}, sentences=None)
+
+
+def test_the_drivers_flags_are_worked_into_the_recipe(recipe):
+    path = recipe(yaml.safe_dump({"common": {"seed": 1, "num_epochs": 2}, **RECIPE}))
+    resolved = resolve_recipe(path, {"plm": ["org/roberta"], "bi_encoder": ["bert=org/simcse"]}, 7, "my data")
+    assert resolved["common"] == {"seed": 7, "num_epochs": 2}
+    assert resolved[DRIVER]["students"] == [{"name": "bert", "plm": "org/roberta", "bi_encoder": "org/simcse"}]
+    assert resolved[DRIVER]["data_dir"] == "my data"
+    assert resolve_recipe(path) == read_recipe(path)
+    assert resolve_recipe(recipe(yaml.safe_dump(RECIPE)), seed=7)["common"] == {"seed": 7}
+
+
+def test_each_student_can_get_another_model(recipe):
+    path = recipe(yaml.safe_dump(plan_with(students=[{"name": "a", "plm": "x"}, {"name": "b", "plm": "y"}])))
+    resolved = resolve_recipe(path, {"plm": ["b=/models/b", "a=c"]})
+    assert resolved[DRIVER]["students"] == [{"name": "a", "plm": "c"}, {"name": "b", "plm": "/models/b"}]
+
+
+@pytest.mark.parametrize("value", ["org/roberta", "c=org/roberta"])
+@pytest.mark.parametrize("students", [[{"name": "a"}, {"name": "b"}], None])
+def test_a_model_for_no_student_or_for_several_is_refused(recipe, students, value):
+    path = recipe(yaml.safe_dump(plan_with(students=students)))
+    with pytest.raises(InputError, match=f"--plm {value}: .*{'students a, b' if students else 'students'}"):
+        resolve_recipe(path, {"plm": [value]})
+
+
+def test_the_resolved_recipe_is_kept_with_the_run(tmp_path):
+    keep_recipe(RECIPE, tmp_path / "runs" / "a")
+    assert read_recipe(str(tmp_path / "runs" / "a" / "recipe.yaml")) == RECIPE
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["recipe.yaml"]
+
+
+def test_a_run_goes_on_with_the_same_recipe_or_with_more_cycles(tmp_path):
+    keep_recipe(plan_with(cycles=2), tmp_path)
+    (tmp_path / "cycle-1").mkdir()
+    keep_recipe(plan_with(cycles=2), tmp_path)
+    keep_recipe(plan_with(cycles=5), tmp_path)
+    assert read_recipe(str(tmp_path / "recipe.yaml"))[DRIVER]["cycles"] == 5
+
+
+def test_a_run_of_another_recipe_is_refused_with_the_difference(tmp_path):
+    keep_recipe({"common": {"seed": 1}, **RECIPE}, tmp_path)
+    with pytest.raises(InputError, match=r"holds another run's results \(common\.seed is 1 there and 2 here\)"):
+        keep_recipe({"common": {"seed": 2}, **RECIPE}, tmp_path)
+    with pytest.raises(InputError, match=r"run_transencoder\.dev is None there and 'stsb\.dev' here"):
+        keep_recipe({"common": {"seed": 1}, **plan_with(dev="stsb.dev")}, tmp_path)
+    assert read_recipe(str(tmp_path / "recipe.yaml")) == {"common": {"seed": 1}, **RECIPE}
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds files that are not this tool's"):
+        keep_recipe(RECIPE, tmp_path)
+    with pytest.raises(InputError, match="cannot be written"):
+        keep_recipe(RECIPE, tmp_path / "thesis.tex" / "run")
+
+
+AWKWARD = 'it\'s "a" $HOME `id` \\ * {x} é\t\nb'
+
+
+def in_bash(plan: str, words: str, before: str = "") -> list[str]:
+    """`words` as bash expands them once it has read `plan` and run `before`."""
+    script = f"set -euo pipefail\n{plan}\n{before}\nprintf '%s\\0' {words}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, check=True, cwd="/")
+    return result.stdout.decode().split("\0")[:-1]
+
+
+def test_a_plan_arrives_in_bash_as_it_is():
+    students = [
+        {
+            "name": "bert",
+            "plm": AWKWARD,
+            "distill_bi2cross": {"swap": False, "columns": ["sentence1=" + AWKWARD, "b"]},
+        },
+        {"name": "simcse", "bi_encoder": "org/simcse", "cross_encoder_plm": "org/bert"},
+    ]
+    content = plan_with(
+        students=students,
+        pairs=["a b.tsv", AWKWARD],
+        tasks=["stsb", f"x={AWKWARD}"],
+        dev="stsb.dev",
+        data_dir="my data",
+    )
+    plan = to_shell(load_plan(content, "r.yaml"))
+    assert in_bash(plan, '"$CYCLES"') == ["3"]
+    assert in_bash(plan, '"${NAMES[@]}"') == ["bert", "simcse"]
+    assert in_bash(plan, '"${STEP1_PLMS[@]}"') == [AWKWARD, ""]
+    assert in_bash(plan, '"${CROSS_PLMS[@]}"') == [AWKWARD, "org/bert"]
+    assert in_bash(plan, '"${READY_BI[@]}"') == ["", "org/simcse"]
+    assert in_bash(plan, '"${SENTENCES[@]}"') == ["s.txt"]
+    assert in_bash(plan, '"${PAIRS[@]}"') == ["a b.tsv", AWKWARD, "--data_dir", "my data"]
+    assert in_bash(plan, '"${TASKS[@]}"') == ["stsb.dev", "stsb", f"x={AWKWARD}"]
+    assert in_bash(plan, '"${DATA[@]}"') == ["--data_dir=my data"]
+    assert in_bash(plan, '"${DEV[@]}"') == ["--dev=stsb.dev", "--data_dir=my data"]
+    # The options of a student are words in one string, which the driver evaluates.
+    options = in_bash(plan, '"${options[@]}"', before='eval "options=(${CROSS_OPTIONS[0]})"')
+    assert options == ["--swap", "False", "--columns", "sentence1=" + AWKWARD, "b"]
+    assert in_bash(plan, '"${CROSS_OPTIONS[1]}" "${STEP1_OPTIONS[0]}" "${BI_OPTIONS[0]}"') == ["", "", ""]
+
+
+def test_a_plan_without_dev_or_data_folder_passes_neither_on():
+    plan = to_shell(load_plan(RECIPE, "r.yaml"))
+    assert in_bash(plan, '"${#DEV[@]}" "${#DATA[@]}" "${TASKS[@]}"') == ["0", "0", "stsb"]
+
+
+def test_several_students_are_measured_together_too():
+    students = [{"name": "a", "plm": "b"}, {"name": "c", "plm": "d"}]
+    for plan, expected in ((RECIPE, []), (plan_with(students=students), ["--with_ensembles=True"])):
+        assert in_bash(to_shell(load_plan(plan, "r.yaml")), '"${ENSEMBLES[@]-}"') == (expected or [""])
+
+
+def test_the_plan_of_a_run_is_read_from_its_kept_recipe(tmp_path: Path):
+    keep_recipe(resolve_recipe(write_yaml(tmp_path / "r.yaml", RECIPE), {"plm": ["org/roberta"]}, 7), tmp_path / "run")
+    path = str(tmp_path / "run" / "recipe.yaml")
+    assert load_plan(read_recipe(path), path).students[0].plm == "org/roberta"
+    assert parse_stage("distill_bi2cross", argv=[*CROSS, "--recipe", path]).seed == 7
+
+
+def write_yaml(path: Path, content: dict) -> str:
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)

@@ -1,0 +1,351 @@
+"""Tables -> tokens -> batches."""
+
+import json
+from collections.abc import Iterable
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer, random_pairs, random_sentences
+
+from transencoder.batches import DropoutViews, LengthWindowSampler, MaskedViews, PairInputs, SentencePairs, make_loader
+from transencoder.data import tables
+from transencoder.data import tokens as data
+from transencoder.data.tables import PAIRS, SENTENCES, cache_folder, read_sentences
+from transencoder.data.tokens import pad, tokenize, unique_sentences
+from transencoder.errors import InputError
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def sentences_table(*sentences: str) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"sentence": list(sentences)})
+
+
+def pairs_table(rows: list[dict]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+
+
+def test_rows_are_padded_to_the_longest_with_mask(tokenizer):
+    # [CLS] = 2, [SEP] = 3; the words are numbered from 5 in the order of WORDS.
+    tokens = tokenize(sentences_table("how do i", "late", "my card"), SENTENCES, tokenizer, 16)
+    assert len(tokens) == 3
+    assert tokens.lengths.tolist() == [5, 3, 4]
+    batch = pad(tokens, np.array([2, 0, 2]), tokenizer)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"].tolist() == [[2, 9, 15, 3, 0], [2, 5, 6, 7, 3], [2, 9, 15, 3, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert pad(tokens, np.array([1]), tokenizer)["input_ids"].tolist() == [[2, 20, 3]]
+
+
+def test_a_pair_is_one_input_with_token_types(tokenizer):
+    table = pairs_table([{"sentence1": "my card", "sentence2": "late"}, {"sentence1": "pay", "sentence2": "app"}])
+    batch = pad(tokenize(table, PAIRS, tokenizer, 16), np.array([0, 1]), tokenizer)
+    assert batch["input_ids"].tolist() == [[2, 9, 15, 3, 20, 3], [2, 23, 3, 25, 3, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+
+
+def test_a_pair_has_no_token_types_where_the_model_takes_none(tokenizer):
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokens = tokenize(pairs_table([{"sentence1": "my card", "sentence2": "late"}]), PAIRS, tokenizer, 16)
+    assert set(pad(tokens, np.array([0]), tokenizer)) == {"input_ids", "attention_mask"}
+
+
+def test_padding_is_the_tokenizers_own(tokenizer):
+    tokenizer.pad_token = "[UNK]"  # id 1, as RoBERTa's
+    tokens = tokenize(sentences_table("how do i", "late"), SENTENCES, tokenizer, 16)
+    assert pad(tokens, np.array([0, 1]), tokenizer)["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 20, 3, 1, 1]]
+
+
+def test_inputs_are_cut_to_max_length_with_their_special_tokens(tokenizer):
+    sentences = tokenize(sentences_table("how do i change my password", "late"), SENTENCES, tokenizer, 5)
+    assert pad(sentences, np.array([0]), tokenizer)["input_ids"].tolist() == [[2, 5, 6, 7, 3]]
+    pairs = tokenize(pairs_table([{"sentence1": "how do i change my", "sentence2": "late app"}]), PAIRS, tokenizer, 7)
+    assert pad(pairs, np.array([0]), tokenizer)["input_ids"].tolist() == [
+        [2, 5, 6, 3, 20, 25, 3]
+    ]  # the longer one is cut
+
+
+def test_kept_tokens_are_not_used_for_another_length_or_vocabulary(tmp_path, tokenizer):
+    (tmp_path / "s.txt").write_text("how do i change my password\nlate app\n")
+    table = read_sentences([str(tmp_path / "s.txt")])
+    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [8, 4]
+    assert tokenize(table, SENTENCES, tokenizer, 5).lengths.tolist() == [5, 4]
+    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [8, 4]
+    tokenizer.add_tokens(["change my"])
+    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [7, 4]
+
+
+def test_kept_tokens_of_a_model_with_token_types_are_not_used_for_one_without(tokenizer):
+    table = pairs_table([{"sentence1": "my card", "sentence2": "late"}])
+    assert tokenize(table, PAIRS, tokenizer, 16).names == ["input_ids", "token_type_ids"]
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert tokenize(table, PAIRS, tokenizer, 16).names == ["input_ids"]
+
+
+def test_tokens_are_kept_from_run_to_run(tmp_path, tokenizer):
+    source = tmp_path / "s.txt"
+    source.write_text("how do i\nlate app\n")
+    tokenize(read_sentences([str(source)]), SENTENCES, tokenizer, 16)
+    before = sorted(cache_folder().iterdir())
+    used = make_tokenizer()  # as a new process makes it, but used before: a fast tokenizer remembers how
+    used(["how do i", "late"], truncation=True, max_length=3, padding=True)
+    tokenize(read_sentences([str(source)]), SENTENCES, used, 16)
+    assert sorted(cache_folder().iterdir()) == before
+
+
+def test_tokens_are_found_in_every_chunk(monkeypatch, tokenizer):
+    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 7)  # rows that `map` writes at a time
+    sentences = random_sentences(40)
+    tokens = tokenize(sentences_table(*sentences), SENTENCES, tokenizer, 64)
+    order = np.random.default_rng(0).permutation(40)
+    for row, index in zip(tokens.rows("input_ids", order), order, strict=True):
+        assert row.tolist() == tokenizer(sentences[index])["input_ids"]
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_unique_sentences_and_their_places_give_the_pairs_back(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", rows)
+    table = pairs_table(random_pairs(50) + random_pairs(50)[::-1])
+    for part in (table, table.select([97, 3, 3, 50, 2])):
+        unique, (first, second) = unique_sentences(part)
+        sentences = unique["sentence"][:]
+        assert sentences == list(dict.fromkeys(text for row in part for text in (row["sentence1"], row["sentence2"])))
+        assert [sentences[i] for i in first] == part["sentence1"][:]
+        assert [sentences[i] for i in second] == part["sentence2"][:]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+LENGTHS = np.random.default_rng(0).integers(3, 65, size=1003)
+
+
+def rows_of(batches: Iterable[list[int]]) -> list[int]:
+    return [row for batch in batches for row in batch]
+
+
+def full_batches(sampler: LengthWindowSampler) -> list[list[int]]:
+    """The sampler's batches, pieces put together."""
+    pieces = list(sampler)
+    return [rows_of(pieces[i : i + sampler.pieces]) for i in range(0, len(pieces), sampler.pieces)]
+
+
+def padded_tokens(batches: list[list[int]]) -> int:
+    return sum(len(batch) * LENGTHS[batch].max() - LENGTHS[batch].sum() for batch in batches)
+
+
+@pytest.mark.parametrize("window", [1, 4, 32, 1000])
+def test_each_row_comes_at_most_once_and_only_full_batches_come(window):
+    sampler = LengthWindowSampler(LENGTHS, batch_size=16, pieces=2, window=window, seed=1)
+    pieces = list(sampler)
+    assert sampler.batches == 62  # 1003 = 62 * 16 + 11
+    assert len(sampler) == len(pieces) == 124
+    assert {len(piece) for piece in pieces} == {sampler.batch_size} == {8}
+    rows = rows_of(pieces)
+    assert len(set(rows)) == len(rows) == 992
+    assert set(rows) <= set(range(1003))
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_a_batch_holds_the_same_rows_in_however_many_pieces_it_comes(window):
+    whole, *others = (
+        full_batches(LengthWindowSampler(LENGTHS, 16, pieces, window, seed=1)) for pieces in (1, 2, 4, 16)
+    )
+    assert all(other == whole for other in others)
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    def draw(seed: int, epoch: int) -> list[list[int]]:
+        sampler = LengthWindowSampler(LENGTHS, 16, 2, 8, seed)
+        sampler.epoch = epoch
+        return list(sampler)
+
+    assert draw(1, 0) == draw(1, 0)
+    assert draw(1, 3) == draw(1, 3)
+    assert len({json.dumps(draw(seed, epoch)) for seed, epoch in [(1, 0), (1, 1), (2, 0), (2, 1)]}) == 4
+
+
+def test_rows_left_out_of_one_epoch_come_in_another():
+    sampler = LengthWindowSampler(LENGTHS, 16, 1, 8, seed=1)
+    seen = set()
+    for sampler.epoch in range(5):
+        seen |= set(rows_of(sampler))
+    assert seen == set(range(1003))
+
+
+def test_a_window_of_one_batch_is_a_plain_shuffle():
+    batches = full_batches(LengthWindowSampler(LENGTHS, 16, 1, window=1, seed=1))
+    assert not any((np.diff(LENGTHS[batch]) >= 0).all() for batch in batches)
+    spread = np.mean([np.ptp(LENGTHS[batch]) for batch in batches])
+    random = np.mean([np.ptp(np.random.default_rng(i).choice(LENGTHS, 16)) for i in range(200)])
+    assert spread == pytest.approx(random, rel=0.05)
+
+
+def test_batches_of_a_window_are_of_similar_length_and_in_random_order():
+    # One window over everything: sorted by length and cut, so that each batch holds rows that follow one another.
+    lengths = np.random.default_rng(1).permutation(64)
+    batches = full_batches(LengthWindowSampler(lengths, 4, 1, window=16, seed=1))
+    starts = [lengths[batch].min() for batch in batches]
+    assert all(
+        sorted(lengths[batch]) == list(range(start, start + 4)) for batch, start in zip(batches, starts, strict=True)
+    )
+    assert starts != sorted(starts)
+
+
+def test_wider_windows_save_padding():
+    padding = [
+        padded_tokens(full_batches(LengthWindowSampler(LENGTHS, 16, 1, window, seed=1))) for window in (1, 4, 32)
+    ]
+    assert padding[1] < 0.5 * padding[0]
+    assert padding[2] < 0.5 * padding[1]
+
+
+def test_the_loader_gives_whole_padded_batches(tokenizer):
+    rows = DropoutViews(sentences_table(*random_sentences(20)), tokenizer, 64)
+    sampler = LengthWindowSampler(rows.lengths, 8, 2, 4, seed=1)
+    batches = [batch["inputs"] for batch in make_loader(rows, sampler)]
+    assert [batch["input_ids"].shape[0] for batch in batches] == [
+        8,
+        8,
+        8,
+        8,
+    ]  # four pieces of four, each sentence twice
+    for batch, indices in zip(batches, sampler, strict=True):
+        assert batch["attention_mask"].sum(1).tolist() == rows.lengths[indices + indices].tolist()
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def decoded(tokenizer, batch: dict) -> list[str]:
+    return tokenizer.batch_decode(batch["inputs"]["input_ids"], skip_special_tokens=True)
+
+
+def test_dropout_views_hold_every_sentence_twice(tokenizer):
+    rows = DropoutViews(sentences_table("how do i", "late app", "pay"), tokenizer, 16)
+    assert decoded(tokenizer, rows.__getitems__([2, 0])) == ["pay", "how do i"] * 2
+
+
+def test_swap_gives_every_pair_in_both_orders_with_its_score(tokenizer):
+    rows = [
+        {"sentence1": "my card", "sentence2": "late", "score": 0.25},
+        {"sentence1": "pay", "sentence2": "how do i", "score": 0.75},
+    ]
+    swapped = PairInputs(pairs_table(rows), tokenizer, 16, swap=True)
+    batch = swapped.__getitems__([0, 1, 2, 3])
+    assert decoded(tokenizer, batch) == ["my card late", "pay how do i", "late my card", "how do i pay"]
+    assert batch["scores"].tolist() == [0.25, 0.75, 0.25, 0.75]
+    assert swapped.lengths.tolist() == [6, 7, 6, 7]
+    plain = PairInputs(pairs_table(rows), tokenizer, 16, swap=False)
+    assert decoded(tokenizer, plain.__getitems__([1, 0])) == ["pay how do i", "my card late"]
+    assert plain.__getitems__([1, 0])["scores"].tolist() == [0.75, 0.25]
+    assert len(plain.lengths) == 2
+
+
+def test_sentence_pairs_stay_aligned_with_each_other_and_their_scores(tokenizer):
+    rows = random_pairs(30)
+    pairs = SentencePairs(pairs_table(rows), tokenizer, 64)
+    for indices in ([4, 0, 17], [29, 3]):
+        batch = pairs.__getitems__(indices)
+        texts = decoded(tokenizer, batch)
+        assert texts[: len(indices)] == [rows[i]["sentence1"] for i in indices]
+        assert texts[len(indices) :] == [rows[i]["sentence2"] for i in indices]
+        assert batch["scores"].tolist() == pytest.approx([rows[i]["score"] for i in indices])
+    # A pair is as long as its longer sentence, with two special tokens.
+    assert pairs.lengths.tolist() == [max(len(row[name].split()) for name in PAIRS) + 2 for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "swapped pairs", "sentences", "views"])
+def test_what_is_tokenised_batch_by_batch_gives_the_same_batches(kind, tokenizer, monkeypatch):
+    table = pairs_table(random_pairs(12))
+    sentences = table.select_columns("sentence1").rename_column("sentence1", "sentence")
+    make = {
+        "pairs": lambda: PairInputs(table, tokenizer, 11, swap=False),
+        "swapped pairs": lambda: PairInputs(table, tokenizer, 11, swap=True),
+        "sentences": lambda: SentencePairs(table, tokenizer, 6),
+        "views": lambda: DropoutViews(sentences, tokenizer, 6),
+    }[kind]
+    before = make()
+    monkeypatch.setattr(data, "TOKENIZED_ROWS", 11)
+    later = make()
+    assert isinstance(before.tokens, data.TokenRows) and isinstance(later.tokens, data.TextRows)
+    order = np.random.default_rng(0).permutation(len(before.lengths))
+    assert len(later.lengths) == len(before.lengths)
+    for indices in (order[:5].tolist(), order.tolist()):
+        one, other = (rows.__getitems__(indices) for rows in (before, later))
+        for name, value in one["inputs"].items():
+            assert value.dtype == other["inputs"][name].dtype and torch.equal(value, other["inputs"][name]), name
+        assert kind == "views" or torch.equal(one["scores"], other["scores"])
+
+
+def test_lengths_of_what_is_not_tokenised_yet_are_bytes_of_text(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "TOKENIZED_ROWS", 1)
+    rows = [{"sentence1": "zoë", "sentence2": "ab", "score": 0.0}, {"sentence1": "a", "sentence2": "b", "score": 1.0}]
+    assert PairInputs(pairs_table(rows), tokenizer, 16, swap=True).lengths.tolist() == [6, 2, 6, 2]
+    assert SentencePairs(pairs_table(rows), tokenizer, 16).lengths.tolist() == [4, 1]
+
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123"  # 30 different characters
+
+
+def masked(tokenizer, span: int = 5, seed: int = 1) -> MaskedViews:
+    return MaskedViews(sentences_table(ALPHABET, "late app"), tokenizer, 64, span, seed)
+
+
+@pytest.mark.parametrize("span", [1, 5, 30])
+def test_exactly_the_span_is_replaced_by_the_mask_token(tokenizer, span):
+    views, starts = masked(tokenizer, span), set()
+    for index in range(400):
+        before, after = views.mask_span(ALPHABET, index).split("[MASK]")
+        assert before + ALPHABET[len(before) : len(before) + span] + after == ALPHABET
+        starts.add(len(before))
+    assert starts == set(range(30 - span + 1))  # the first and the last place included
+
+
+def test_the_mask_is_the_tokenizers_own(tokenizer):
+    tokenizer.mask_token = "<mask>"
+    assert "<mask>" in masked(tokenizer).mask_span(ALPHABET, 0)
+
+
+def test_a_sentence_under_30_characters_stays_whole(tokenizer):
+    assert masked(tokenizer).mask_span(ALPHABET[:-1], 0) == ALPHABET[:-1]
+
+
+def test_a_span_longer_than_a_sentence_masks_all_of_it(tokenizer):
+    assert masked(tokenizer, span=40).mask_span(ALPHABET, 0) == "[MASK]"
+
+
+def test_spans_depend_on_seed_epoch_and_row_alone(tokenizer):
+    def draw(seed: int, epoch: int) -> list[str]:
+        views = masked(tokenizer, seed=seed)
+        views.epoch = epoch
+        return [views.mask_span(ALPHABET, index) for index in range(20)]
+
+    assert draw(1, 0) == draw(1, 0)
+    assert len({tuple(draw(seed, epoch)) for seed, epoch in [(1, 0), (1, 1), (2, 0)]}) == 3
+    assert len(set(draw(1, 0))) > 5  # rows differ
+
+
+def test_masked_views_hold_the_sentences_as_they_are_and_then_masked(tokenizer):
+    sentences = ["how do i change my password app", "late app"]
+    views = MaskedViews(sentences_table(*sentences), tokenizer, 64, 5, 1)
+    batch = views.__getitems__([1, 0])["inputs"]
+    assert tokenizer.batch_decode(batch["input_ids"][:2], skip_special_tokens=True) == sentences[::-1]
+    masks = (batch["input_ids"] == tokenizer.mask_token_id).sum(1).tolist()
+    assert masks == [0, 0, 0, 1]  # the short sentence stays whole in the second half as well
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_a_tokenizer_without_mask_token_is_refused(tokenizer):
+    tokenizer.mask_token = None
+    with pytest.raises(InputError, match="no mask token; use --method simcse"):
+        masked(tokenizer)

@@ -1,0 +1,299 @@
+"""A run that was killed, or asked to stop, and started again ends as one that was left alone."""
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import launch_command, random_pairs, warm_python, write_jsonl
+from safetensors.numpy import load_file
+from torch import nn
+
+from transencoder.errors import InputError
+from transencoder.runtime import checkpoints
+from transencoder.runtime.checkpoints import Checkpoints, check_resumable
+from transencoder.runtime.shards import Parts
+
+STAGES = {
+    "contrastive": ["train_contrastive.py", "--method", "mirror", "--pooling", "mean"],
+    "cross": ["distill_bi2cross.py"],
+    "bi": ["distill_cross2bi.py", "--pooling", "mean", "--micro_batch_size", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    rows = [{**row, "score": row["score"] / 5} for row in random_pairs(64)]
+    return write_jsonl(tmp_path_factory.mktemp("scores") / "scores.jsonl", rows)
+
+
+def words(stage, tiny_bert, corpus, scores, output):
+    """A training of some 80 steps with dropout, dev evaluations and checkpoints at steps of their own."""
+    data = ["--sentences", corpus / "sentences.txt"] if stage == "contrastive" else ["--scores", scores]
+    given = [*STAGES[stage], "--model_name_or_path", tiny_bert, *data, "--dev", corpus / "dev.jsonl"]
+    given += ["--output_dir", output, "--total_batch_size", 16, "--learning_rate", "1e-3", "--mixed_precision", "no"]
+    given += ["--eval_steps", 7, "--num_epochs", {"contrastive": 13, "cross": 10, "bi": 20}[stage]]
+    return [*map(str, given), "--checkpointing_steps", "3"]
+
+
+def start(*given, **how):
+    return subprocess.Popen(**launch_command(*given, **how), stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    error = process.communicate(timeout=300)[1]
+    return process.returncode, error
+
+
+def kill_all(process):
+    """The launcher and everything below it: workers of a killed launcher would go on by themselves."""
+    members = warm_python().family(process.pid)
+    for member in reversed(members):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(members[1:], timeout=10)
+    process.communicate()
+
+
+def wait_for(process, there):
+    while not there() and process.poll() is None:
+        time.sleep(0.002)
+
+
+def wait_for_step(process, output, step):
+    wait_for(process, lambda: any(path.name >= f"step-{step:06}" for path in output.glob("checkpoints/step-*")))
+
+
+def result(folder):
+    facts = json.loads((folder / "run.json").read_text())
+    return facts["history"], facts["kept_step"], load_file(folder / "model.safetensors"), facts["resumed_at_steps"]
+
+
+def assert_same(one, other):
+    assert one[:2] == other[:2]
+    for name, value in one[2].items():
+        assert np.array_equal(value, other[2][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_training_ends_as_one_left_alone(stage, tiny_bert, corpus, scores, tmp_path):
+    """One process, SIGKILL at random moments, with dropout: the same to the last bit."""
+    assert finish(start(*words(stage, tiny_bert, corpus, scores, tmp_path / "whole")))[0] == 0
+    draw, output = random.Random(stage), tmp_path / "killed"
+    given = words(stage, tiny_bert, corpus, scores, output)
+    for step in sorted(draw.sample(range(3, 22, 3), 2)):
+        process = start(*given)
+        wait_for_step(process, output, step)
+        time.sleep(draw.random() * 0.02)
+        kill_all(process)
+        assert process.returncode != 0 and not (output / "model.safetensors").exists()
+    code, error = finish(start(*given))
+    assert code == 0 and "going on from" in error, error
+    whole, killed = result(tmp_path / "whole"), result(output)
+    assert len(killed[3]) >= 1
+    assert_same(whole, killed)
+    assert not (output / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_and_stops(number, tiny_bert, corpus, scores, tmp_path):
+    """No checkpoint was due: only the signal makes one."""
+    output = tmp_path / "stopped"
+    given = [*words("cross", tiny_bert, corpus, scores, output), "--checkpointing_steps", "0"]
+    process = start(*given)
+    wait_for(process, lambda: (output / "checkpoints").exists())  # the first evaluation has kept a model
+    worker = warm_python().family(process.pid)[-1]
+    assert worker.name() == "worker"
+    worker.send_signal(number)
+    code, error = finish(process)
+    assert code != 0 and "stopped by a signal after step" in error
+    assert finish(start(*given))[0] == 0
+    assert finish(start(*words("cross", tiny_bert, corpus, scores, tmp_path / "whole")))[0] == 0
+    assert len(result(output)[3]) == 1
+    assert_same(result(tmp_path / "whole"), result(output))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_bert, corpus, scores, tmp_path_factory):
+    """What one process makes of `same_everywhere`, without an interruption."""
+    output = tmp_path_factory.mktemp("whole") / "whole"
+    assert finish(start(*same_everywhere(tiny_bert, corpus, scores, output)))[0] == 0
+    return result(output)
+
+
+def same_everywhere(tiny_bert, corpus, scores, output):
+    """A training without dropout, in batches of 24, which one, two and three processes can share out."""
+    return [*words("cross", tiny_bert, corpus, scores, output), "--dropout", "0", "--total_batch_size", "24"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "first", "second"),
+    [("", 2, 1), ("", 1, 2), ("fsdp", 2, 3), ("deepspeed_zero2", 2, 2), ("deepspeed_zero3", 2, 2)],
+)
+def test_other_processes_go_on_where_some_were_killed(
+    config, first, second, whole, tiny_bert, corpus, scores, tmp_path
+):
+    given = same_everywhere(tiny_bert, corpus, scores, tmp_path)
+    process = start(*given, processes=first, config=config)
+    wait_for_step(process, tmp_path, 12)
+    kill_all(process)
+    code, error = finish(start(*given, processes=second, config=config))
+    said = f"which {first} processes wrote and {second} read" if first != second else "going on from"
+    assert code == 0 and said in error, error
+    history, _, weights, resumed_at = result(tmp_path)
+    assert len(resumed_at) == 1
+    assert [entry["step"] for entry in history] == [entry["step"] for entry in whole[0]]
+    assert [entry["loss"] for entry in history] == pytest.approx([entry["loss"] for entry in whole[0]], rel=1e-4)
+    for name, value in whole[2].items():
+        np.testing.assert_allclose(weights[name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_scoring_goes_on_at_the_part_it_was_in(tiny_bert, corpus, tmp_path):
+    def given(name):
+        output = ["--output", tmp_path / name, "--mixed_precision", "no", "--shard_rows", 4]
+        return [
+            "score_pairs.py",
+            "--encoders",
+            tiny_bert,
+            "--pooling",
+            "mean",
+            "--pairs",
+            corpus / "pairs.jsonl",
+            *output,
+        ]
+
+    assert finish(start(*given("whole.parquet")))[0] == 0
+    parts = tmp_path / ".killed.parquet.parts"
+    process = start(*given("killed.parquet"))
+    wait_for(process, lambda: len(list(parts.glob("*.npy"))) >= 5)
+    kill_all(process)
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    assert len(done) >= 5 and not (tmp_path / "killed.parquet").exists()
+    damaged = min(parts.glob("*.npy"))
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    code, error = finish(start(*given("killed.parquet")))
+    assert code == 0 and "parts are done" in error and f"{damaged.name} is damaged" in error, error
+    assert not parts.exists()
+    whole, killed = (pq.read_table(tmp_path / f"{name}.parquet")["score"].to_pylist() for name in ("whole", "killed"))
+    assert whole == killed
+
+
+# --- what a checkpoint must be to be used ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Checkpoints of steps 2, 4 and 6 of a model of one weight, which is the step; the best one was that of step 4."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(1, 1, bias=False))
+    kept = Checkpoints(accelerator, str(tmp_path), keep=2)
+    for step in (2, 4, 6):
+        nn.init.constant_(model.weight, step)
+        best = min(step, 4)
+        kept.best(best).mkdir(parents=True, exist_ok=True)
+        kept.save(step, best)
+    nn.init.constant_(model.weight, 0)
+    return kept, model
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_old_checkpoints_and_best_models_are_removed(trained):
+    kept, _ = trained
+    assert names(kept.folder) == ["best-000004", "step-000004", "step-000006"]
+
+
+def test_the_newest_checkpoint_is_loaded(trained):
+    kept, model = trained
+    assert kept.load_newest() and model.weight.item() == 6
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("model.safetensors", truncate, "model.safetensors is damaged"),
+        ("model.safetensors", flip, "model.safetensors is damaged"),
+        ("model.safetensors", lambda path: path.unlink(), "model.safetensors is missing"),
+        ("manifest.json", truncate, "manifest.json cannot be read"),
+        ("manifest.json", lambda path: path.write_text("{}"), "manifest.json cannot be read"),
+        ("manifest.json", lambda path: path.unlink(), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(trained, capsys, name, spoil, said):
+    kept, model = trained
+    spoil(kept.folder / "step-000006" / name)
+    assert kept.load_newest() and model.weight.item() == 4
+    error = capsys.readouterr().err
+    assert "warning" in error and "step-000006" in error and said in error
+
+
+def test_a_half_written_checkpoint_is_not_seen(trained):
+    kept, model = trained
+    shutil.copytree(kept.folder / "step-000006", kept.folder / ".step-000008.tmp")
+    assert kept.load_newest() and model.weight.item() == 6
+
+
+def test_a_checkpoint_without_its_best_model_is_skipped(trained, capsys):
+    kept, _ = trained
+    (kept.folder / "best-000004").rmdir()
+    assert not kept.load_newest()
+    assert capsys.readouterr().err.count("best-000004 is missing") == 2
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not Checkpoints(Accelerator(cpu=True), str(tmp_path), keep=2).load_newest()
+
+
+def test_checkpoints_of_another_engine_are_refused(trained, monkeypatch):
+    kept, _ = trained
+    output = str(kept.folder.parent)
+    check_resumable(output, kept.accelerator)
+    monkeypatch.setattr(checkpoints, "engine_name", lambda accelerator: "fsdp")
+    with pytest.raises(InputError, match=r"written under plain, this is fsdp.*--overwrite"):
+        check_resumable(output, kept.accelerator)
+    monkeypatch.setattr(checkpoints, "engine_name", lambda accelerator: "deepspeed-zero2")
+    path = kept.folder / "step-000006" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "engine": "deepspeed-zero2", "world_size": 4}))
+    with pytest.raises(InputError, match="written by 4 processes, these are 1"):
+        check_resumable(output, kept.accelerator)
+
+
+def test_parts_of_another_scoring_are_thrown_away(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, output, part = Accelerator(cpu=True), tmp_path / "out.parquet", np.ones((3, 2), dtype=np.float32)
+    parts = Parts(output, {"encoders": ["a"]}, 3, accelerator)
+    parts.save("encoder-0", 0, part)
+    again = Parts(output, {"encoders": ["a"]}, 3, accelerator)
+    assert np.array_equal(again.load("encoder-0", 0, 3), part)
+    assert again.load("encoder-0", 0, 2) is None and again.load("encoder-0", 1, 3) is None
+    for facts, rows in (({"encoders": ["b"]}, 3), ({"encoders": ["a"]}, 4)):
+        assert Parts(output, facts, rows, accelerator).load("encoder-0", 0, 3) is None
+    parts.remove()
+    assert names(tmp_path) == []

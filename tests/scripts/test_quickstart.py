@@ -1,0 +1,72 @@
+"""The README's way from a file of sentences to models in use, command by command, with a tiny model."""
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, warm_python
+
+from transencoder.config.recipes import read_recipe
+
+
+def commands():
+    """The four commands: the quick start's, and those of the section on using the models."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Using the models")[2].partition("\n## ")[0]
+    blocks = [text[text.index("```bash") :], section]
+    return [
+        shlex.split(line)
+        for block in blocks
+        for line in re.search(r"```bash\n(.*?)```", block, re.S).group(1).replace("\\\n", " ").splitlines()
+    ]
+
+
+def short(recipe, path):
+    """The quick start's recipe with a few steps of each stage."""
+    content = read_recipe(str(recipe))
+    content["run_transencoder"]["cycles"] = 1
+    content["common"] = {"mixed_precision": "no"}
+    content["mine_pairs"]["num_pairs"] = 300
+    for stage in ("train_contrastive", "distill_bi2cross", "distill_cross2bi"):
+        content[stage] = {**content[stage], "max_steps": 4, "num_epochs": 1, "total_batch_size": 32}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.slow
+def test_from_sentences_to_a_search_and_a_list_of_duplicates(tiny_bert, tmp_path):
+    quickstart, activate, search, recall, duplicates = commands()
+    assert quickstart == ["bash", "scripts/quickstart.sh"] and activate == ["source", ".venv/bin/activate"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{warm_python().path}:{os.environ['PATH']}",
+    }
+
+    def run(words):
+        words = [
+            word.replace("runs/quickstart", str(tmp_path / "run")).replace("duplicates.csv", str(tmp_path / "d.csv"))
+            for word in words
+        ]
+        result = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result
+
+    # quickstart.sh makes an environment and starts the driver with the recipe.
+    assert "recipes/quickstart.yaml" in (ROOT / "scripts" / "quickstart.sh").read_text()
+    recipe = short(ROOT / "recipes" / "quickstart.yaml", tmp_path / "short.yaml")
+    driver = ["bash", "scripts/run_transencoder.sh", "--recipe", str(recipe), "--output_dir", "runs/quickstart"]
+    run([*driver, "--plm", str(tiny_bert), "--launcher", "python"])
+    assert (tmp_path / "run" / "cycle-1" / "pairs.parquet").exists()
+
+    found = run(search)
+    assert len(found.stdout.splitlines()) == 12  # the query, ten results, the time
+    assert "1443 sentences, 1443 of them new" in found.stderr
+    found = run([*recall, "--candidates", "12"])
+    assert re.fullmatch(r"recall@10 of \d+ queries: retrieved [\d.]+, re-ranked [\d.]+\n", found.stdout)
+    run([*duplicates, "--threshold", "0", "--neighbours", "5"])
+    with (tmp_path / "d.csv").open(newline="") as stream:
+        assert set(next(csv.DictReader(stream))) == {"cluster", "size", "score", "sentence"}

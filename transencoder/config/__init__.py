@@ -1,0 +1,1 @@
+"""Options: each one once, read from the command line and from recipes."""

@@ -1,0 +1,120 @@
+"""Recipes: YAML files with a section of options for each script."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transencoder.config.arguments import STAGES
+from transencoder.config.options import is_text
+from transencoder.errors import InputError
+
+DRIVER = "run_transencoder"
+RECIPE_CHARACTERS = 256 << 10
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML with the booleans of YAML 1.2: `mixed_precision: no` is the word "no".
+
+    Aliases (`*name`) may not blow a document up: written out in full it has at most `RECIPE_CHARACTERS`.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's tree, once it is known to be small."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > RECIPE_CHARACTERS:
+            raise yaml.YAMLError("its aliases stand for too much text, or for themselves")
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """Its text, if that can be written down."""
+        text = super().construct_scalar(node)
+        if not is_text(text):
+            raise yaml.YAMLError(f"{text!r} is not UTF-8 text")
+        return text
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Characters and nodes of a tree with its aliases written out; infinite for one that contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_written_out(part, sizes) for part in parts)
+        sizes[id(node)] = 1 + inside
+    return sizes[id(node)]
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+
+
+def read_recipe(path: str) -> dict[str, dict[str, Any]]:
+    """Read a recipe and check its sections and keys.
+
+    Args:
+        path: YAML file with the sections `common`, `run_transencoder` and one for each script, all optional.
+    Raises:
+        InputError: no such file, not YAML, an unknown section, an unknown key, or a value that no option can have.
+    """
+    content = _read_yaml(path)
+    if isinstance(content, dict):
+        content = {section: {} if keys is None else keys for section, keys in content.items()}
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise InputError(f"--recipe {path}: must hold sections of keys, such as `common:` and `distill_bi2cross:`")
+    names = {stage: {f.name for f in dataclasses.fields(arguments)} for stage, arguments in STAGES.items()}
+    names["common"] = set().union(*names.values())
+    for section, keys in content.items():
+        if section != DRIVER and section not in names:
+            raise InputError(f"--recipe {path}: unknown section {section!r}; known: {', '.join([*names, DRIVER])}")
+        for key in keys:
+            if section != DRIVER and key not in names[section]:
+                raise InputError(f"--recipe {path}: unknown key {key!r} in section {section!r}")
+        if section != DRIVER:
+            check_options(keys, f"--recipe {path}: {section}")
+    return content
+
+
+def _read_yaml(path: str) -> Any:
+    """The content of a small YAML file."""
+    where = f"--recipe {path}"
+    try:
+        # A pipe would let the driver wait for ever, and can be read only once; a recipe is read by every stage.
+        if Path(path).exists() and not Path(path).is_file():
+            raise InputError(f"{where}: not a file")
+        if Path(path).stat().st_size > RECIPE_CHARACTERS:
+            raise InputError(f"{where}: longer than a recipe can be ({RECIPE_CHARACTERS} bytes)")
+        return yaml.load(Path(path).read_text(encoding="utf-8-sig"), RecipeLoader)
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        # All but the first are PyYAML's own for a scalar that is not what its tag or its look promises: 2021-02-31.
+        raise InputError(f"{where}: not YAML: {error}") from error
+
+
+def check_options(values: dict[str, Any], where: str) -> None:
+    """Raise `InputError` unless each value is one that a command line can carry. `where`: how an error names it."""
+    for key, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, list | dict):
+                raise InputError(f"{where}.{key}: must be a value or a list of values")
+            if isinstance(item, str) and item.startswith("--"):
+                raise InputError(f"{where}.{key}: {item!r} cannot be a value")
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    """Command-line words for a recipe section: {"swap": False, "pairs": ["a", "b"]} -> --swap False --pairs a b."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words

@@ -1,0 +1,1 @@
+"""Files and Hub sets -> checked rows -> tokens."""

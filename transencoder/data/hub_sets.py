@@ -1,0 +1,49 @@
+"""Datasets on the Hub: one split at one revision, and which commits this process has seen."""
+
+import re
+from typing import Any
+
+import datasets
+import huggingface_hub
+
+from transencoder.errors import InputError
+from transencoder.runtime.accelerator import log
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Dataset -> commit, of everything loaded so far: run.json and files of scores say it, so that results can be repeated.
+COMMITS: dict[str, str] = {}
+
+
+def load_split(
+    hub_id: str, split: str, config: str | None = None, revision: str | None = None, data_files: str | None = None
+) -> datasets.Dataset:
+    """One split of a dataset, from the Hub or from the local cache.
+
+    Args:
+        split: as `datasets.load_dataset` takes it, parts such as "train[:1000]" too.
+        revision: commit, branch or tag; main by default. What it stands for now is noted in `COMMITS`, and said.
+        data_files: a file of the repository, where it is no dataset by itself.
+    Raises:
+        InputError: no such dataset, revision or split, or the Hub cannot be reached.
+    """
+    options: dict[str, Any] = {"data_files": data_files} if data_files else {}
+    try:
+        table = datasets.load_dataset(hub_id, config, split=split, revision=revision, **options)
+    except Exception as error:  # the library raises a dozen types for "not there", "no network", "no such split"
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        where = f"{hub_id}{f' ({config})' if config else ''}, revision {revision or 'main'}, split {split}"
+        raise InputError(f"{where}: cannot be loaded from the Hub ({reason})") from error
+    if hub_id not in COMMITS:
+        COMMITS[hub_id] = _commit(hub_id, revision)
+        log(f"{hub_id}: commit {COMMITS[hub_id]}")
+    return table
+
+
+def _commit(hub_id: str, revision: str | None) -> str:
+    """The commit that a revision stands for now."""
+    if COMMIT.fullmatch(revision or ""):
+        return str(revision)
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(hub_id, revision=revision, timeout=10).sha)
+    except Exception:  # offline mode, or one of the HTTP client's many ways to say "no connection"
+        return f"unknown (the Hub was not asked, the cache has {revision or 'main'})"

@@ -1,0 +1,298 @@
+"""Reading and checking sentences and pairs.
+
+A file is read once, in pieces, into a memory-mapped Arrow file of the `datasets` cache: its length costs disk, not
+memory, and a second run with the same file starts at once.
+"""
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+from accelerate import PartialState
+
+from transencoder.data.formats import (
+    check_file,
+    checked,
+    column_names,
+    format_of,
+    read_batches,
+    require_columns,
+    theirs_of,
+)
+from transencoder.data.hub_sets import load_split
+from transencoder.errors import InputError, writing
+from transencoder.runtime.locks import remove_abandoned
+
+SENTENCES = ("sentence",)
+PAIRS = ("sentence1", "sentence2")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?$")
+BLOCK_ROWS = 65_536  # rows of a table that are worked on at a time
+MAPPED_BYTES = 1 << 27  # files up to this size may stay mapped as a whole
+RANDOM_ROWS = 4096  # rows from all over a long file after which its pages are given back; each can map 64 KiB
+LIBC = ctypes.CDLL(None)
+CACHE_VERSION = 2  # raise it when what is written to the cache changes
+
+
+@contextmanager
+def local_main_process_first() -> Iterator[None]:
+    """Let the first process of each machine fill the cache, which the others then read.
+
+    Accelerate's own context of this name leaves the others waiting when the first one fails; here they go on, meet the
+    same error, and every process ends in the same way.
+    """
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
+
+
+def read_sentences(sources: list[str], columns: list[str] | None = None) -> datasets.Dataset:
+    """The distinct sentences of all `sources`, in order of first appearance, as the column `sentence`.
+
+    A file of pairs gives the sentences of both its columns. Repeated sentences are left out: as one another's in-batch
+    negatives they would be pushed apart. Raises `InputError` as `read_pairs` does.
+    """
+    return join_sentences([part for source in sources for part in sentence_parts(source, columns)], sources)
+
+
+def sentence_parts(source: str, columns: list[str] | None) -> list[datasets.Dataset]:
+    """The column `sentence` of a source, or one for each side of its pairs; repeats included."""
+    if not is_hub_id(source) and _holds_pairs(source, parse_renaming(columns)):
+        return sides(_cached_table(source, PAIRS, columns))
+    return [_cached_table(source, SENTENCES, columns)]
+
+
+def sides(pairs: datasets.Dataset) -> list[datasets.Dataset]:
+    """Both sides of pairs, each as the column `sentence`."""
+    return [pairs.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
+
+
+def join_sentences(parts: list[datasets.Dataset], sources: list[str]) -> datasets.Dataset:
+    """The distinct sentences of `parts`. `sources`: how an error names them."""
+    table = datasets.concatenate_datasets(parts)
+    _check_two_distinct(table, SENTENCES, sources)
+    return without_repeats(table)
+
+
+def read_pairs(
+    sources: list[str], gold: str | None = None, columns: list[str] | None = None, drop_duplicates: bool = False
+) -> datasets.Dataset:
+    """Pairs of all `sources`, in order.
+
+    Args:
+        sources: .txt (`sentence1||sentence2`), .tsv, .csv, .jsonl or .parquet, plain or .gz, or Hub ids
+            (`ORG/NAME:split@revision`; by default train and main).
+        gold: name of a numeric column to read as well: "score" or "label" (0 or 1).
+        columns: renaming, `ours=theirs`.
+        drop_duplicates: keep the first of exactly equal pairs.
+    Returns:
+        A memory-mapped dataset with the string columns `sentence1` and `sentence2`, and `gold` as float64.
+    Raises:
+        InputError: a missing, empty or unreadable file, a missing column, an empty sentence, a score that is not a
+            number,
+            fewer than two distinct sentences. The message names file, row and column.
+    """
+    wanted = PAIRS + ((gold,) if gold else ())
+    table = datasets.concatenate_datasets([_cached_table(source, wanted, columns) for source in sources])
+    _check_two_distinct(table, PAIRS, sources)
+    return without_repeats(table) if drop_duplicates else table
+
+
+def sample(table: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:
+    """A random subset of `size` rows, in their order; all of them if `size` is None or larger."""
+    if size is None or size >= len(table):
+        return table
+    return table.select(np.sort(np.random.default_rng(seed).choice(len(table), size, replace=False)))
+
+
+def without_repeats(table: datasets.Dataset) -> datasets.Dataset:
+    """The first of each set of equal rows, told by 64-bit hashes: a few bytes a row, however long the text."""
+    hashes = np.empty(len(table), dtype=np.uint64)
+    for start, block in blocks(table):
+        hashes[start : start + len(block)] = row_hashes(block)
+    first = np.sort(np.unique(hashes, return_index=True)[1])
+    return table if len(first) == len(table) else table.select(first)
+
+
+def row_hashes(block: pa.Table) -> np.ndarray:
+    """A number for each row, by which equal rows are known: uint64 [rows].
+
+    Two of 10 million different rows share one with a probability of 3e-6.
+    """
+    hashes = np.zeros(len(block), dtype=np.uint64)
+    for column in block.columns:
+        hashes *= np.uint64(0x9E3779B97F4A7C15)  # so that (a, b) and (b, a) differ
+        hashes ^= pd.util.hash_array(column.to_numpy(zero_copy_only=False), categorize=False)
+    return hashes
+
+
+def blocks(table: datasets.Dataset, rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
+    """A table from its first row to its last, `rows` (by default `BLOCK_ROWS`) at a time: the number of the block's
+    first row, from 0, and the block.
+
+    The rows of a selection are gathered by Arrow, which takes a hundredth of the time that `Dataset.iter` does.
+    """
+    rows, data, chosen = rows or BLOCK_ROWS, table.data.table, table._indices
+    for start in range(0, len(table), rows):
+        release_pages()
+        if chosen is None:
+            yield start, data.slice(start, rows)
+        else:
+            indices = chosen.column(0).slice(start, rows).to_numpy().astype(np.int64)
+            lowest, highest = indices.min(), indices.max()
+            yield start, data.slice(lowest, highest - lowest + 1).take(pa.array(indices - lowest))
+
+
+def release_pages() -> None:
+    """Give back what this process has mapped of the long files of tables, tokens and vectors; they stay open.
+
+    The system would take these pages back by itself when it needs them. Until then they count as the process's, which
+    a limit on its memory may not forgive, and a person who watches it does not either. Linux only; elsewhere nothing.
+    """
+    try:
+        mappings = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    for mapping in mappings:
+        if not mapping.endswith((".arrow", ".npy", ".vec")):
+            continue
+        place, access = mapping.split(maxsplit=2)[:2]
+        start, end = (int(address, 16) for address in place.split("-"))
+        # What a process changes for itself alone ("rw-p") is not in the file.
+        if end - start > MAPPED_BYTES and access.startswith("r") and access != "rw-p":
+            LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def numbers(table: datasets.Dataset, name: str, dtype: type = np.float64) -> np.ndarray:
+    """A numeric column as one array [rows], without a Python object for each row."""
+    values = np.empty(len(table), dtype=dtype)
+    for start, block in blocks(table):
+        values[start : start + len(block)] = block[name].to_numpy()
+    return values
+
+
+def _holds_pairs(source: str, renaming: dict[str, str]) -> bool:
+    """Whether a file has two sentences a row, and no column of sentences."""
+    found = column_names(source)
+    pairs = all(theirs_of(name, renaming, found) in found for name in PAIRS)
+    return pairs and theirs_of("sentence", renaming, found) not in found
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` names a Hub repository rather than a path."""
+    return bool(HUB_ID.match(source)) and not Path(source).exists() and not format_of(source)
+
+
+def _cached_table(source: str, wanted: tuple[str, ...], columns: list[str] | None) -> datasets.Dataset:
+    """One source as a memory-mapped table of the `wanted` columns, read and checked on first sight only."""
+    renaming = parse_renaming(columns)
+    if is_hub_id(source):
+        return _from_hub(source, wanted, renaming)
+    check_file(source)
+    path, stat = Path(source).resolve(), Path(source).stat()
+    key = cache_key(str(path), stat.st_size, stat.st_mtime_ns, wanted, sorted(renaming.items()))
+    return _through_cache(key, source, lambda: read_batches(source, wanted, renaming), wanted)
+
+
+def cache_key(*parts: Any) -> str:
+    """A name for a cache file, from everything its content depends on."""
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:32]
+
+
+def _through_cache(
+    key: str, source: str, batches: Callable[[], Iterator[pa.RecordBatch]], wanted: tuple[str, ...]
+) -> datasets.Dataset:
+    """The table of this key, written first if it is not there yet."""
+    cached = cache_folder() / f"{key}.arrow"
+    with local_main_process_first():
+        if not cached.exists():
+            _write_arrow(cached, source, batches(), wanted)
+    return datasets.Dataset.from_file(str(cached))
+
+
+def cache_folder() -> Path:
+    """Where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trans-encoder"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def parse_renaming(columns: list[str] | None) -> dict[str, str]:
+    """["score=gold"] -> {"score": "gold"}."""
+    for item in columns or []:
+        if item.count("=") != 1:
+            raise InputError(f"--columns {item}: expected ours=theirs, such as sentence1=question1")
+    return dict(item.split("=") for item in columns or [])
+
+
+def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], wanted: tuple[str, ...]) -> None:
+    """Write checked `batches` to `target` by way of a temporary name."""
+    # The name of the machine, since the cache may be shared.
+    host = socket.gethostname()
+    temporary = target.with_suffix(f".{host}.{os.getpid()}.tmp")
+    schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
+    rows = 0
+    with writing(target.parent):
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(checked(batch, source, rows, schema))
+                    rows += batch.num_rows
+            if rows == 0:
+                raise InputError(f"{source}: no rows")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    remove_abandoned(target.parent, f"{target.stem}.{host}.*.tmp")
+
+
+def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> datasets.Dataset:
+    """A split of a Hub dataset, `ORG/NAME:split@revision` (default: train, main)."""
+    name, _, revision = source.partition("@")
+    name, _, split = name.partition(":")
+    table = load_split(name, split or "train", revision=revision or None)
+    theirs = [theirs_of(name, renaming, table.column_names) for name in wanted]
+    require_columns(source, theirs, table.column_names)
+    table = table.select_columns(theirs).rename_columns({b: a for a, b in zip(wanted, theirs, strict=True) if a != b})
+    return check_hub_table(table, source, wanted)
+
+
+def check_hub_table(table: datasets.Dataset, source: str, wanted: tuple[str, ...]) -> datasets.Dataset:
+    """A table from the Hub with the `wanted` columns, checked as files are. `source`: how an error names it."""
+    chunks = table.with_format("arrow").iter(100_000)
+    return _through_cache(
+        cache_key(table._fingerprint, wanted),
+        source,
+        lambda: (b for chunk in chunks for b in chunk.to_batches()),
+        wanted,
+    )
+
+
+def _check_two_distinct(table: datasets.Dataset, names: tuple[str, ...], sources: list[str]) -> None:
+    """A single sentence, however often it stands there, has nothing to be compared with."""
+    first = table[0][names[0]]
+    for name in names:
+        for chunk in table.data.column(name).chunks:
+            if pc.any(pc.not_equal(chunk, first)).as_py():
+                return
+    raise InputError(f"{' '.join(sources)}: fewer than two distinct sentences")

@@ -1,0 +1,1 @@
+"""What leaves the machine: repositories, cards, ONNX files."""

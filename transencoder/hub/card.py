@@ -1,0 +1,294 @@
+"""Model cards: what a model is, how it does, and how exactly it was made, from what a run left on disk."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pyarrow.parquet as pq
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+import transencoder
+from transencoder.config.options import HubTarget
+from transencoder.data.paper import published
+from transencoder.data.tables import is_hub_id
+from transencoder.data.tasks import TASKS, title
+from transencoder.evaluation import PRIMARY, markdown_table, origin, shown_value
+from transencoder.labels import read_facts
+from transencoder.model_files import Kind, read_pooling
+from transencoder.runtime.records import RUN_FILE
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TAG = "trans-encoder"  # by which a repository is known as one of ours
+PIPELINES = {"bi": "sentence-similarity", "cross": "text-ranking"}
+OWN_TAGS = {"bi": ["sentence-similarity", "feature-extraction"], "cross": ["cross-encoder", "text-ranking"]}
+# Our metrics: the Hub's name, and how a reader knows them.
+METRICS = {
+    "spearman": ("spearmanr", "Spearman's rho x 100"),
+    "pearson": ("pearsonr", "Pearson's r x 100"),
+    "auc": ("roc_auc", "AUC x 100"),
+}
+METHODS = {
+    "train_contrastive": "a language model was tuned so that two views of a sentence are close, and other "
+    "sentences far (contrastive learning with InfoNCE).",
+    "distill_bi2cross": "the scores that bi-encoders gave pairs of sentences were learned by a language model that "
+    "reads both sentences together ({loss}).",
+    "distill_cross2bi": "the scores that its teachers gave pairs of sentences were learned by a bi-encoder with the "
+    "cosine of its two vectors ({loss}).",
+}
+LOSSES = {"bce": "binary cross-entropy with soft targets", "mse": "mean squared error", None: ""}
+# The rest of run.json's arguments are shown; these are paths, or said elsewhere in the card.
+NOT_SHOWN = {"inputs", "columns", "dev", "data_dir", "seed", "model_name_or_path", "sentences", "scores", "teachers"}
+NOT_SHOWN |= {"pairs"}
+SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")
+CARRIED = ("license", "license_name", "license_link", "language")
+
+
+@dataclass
+class CardFacts:
+    """What a card says beyond what the model's own folder does.
+
+    Args:
+        repo: ORG/NAME.
+        model: the folder, with run.json.
+        kind: of encoder.
+        base: the language model at the beginning of it all: Hub id or folder.
+        command: makes the model again.
+        results: this encoder's entries of results.json.
+        start: those of the start, to compare with.
+        paper: row of the paper's tables to compare with, if there is one.
+        note: which of the results are not for comparing, and why.
+        lineage: Markdown about the run's cycles, and which of them this is.
+        plot: whether progress.png is beside the card.
+        published: end of an encoder's path in the run -> how it is called on the Hub.
+    """
+
+    repo: str
+    model: Path
+    kind: Kind
+    base: str
+    command: str
+    results: list[dict[str, Any]] = field(default_factory=list)
+    start: list[dict[str, Any]] = field(default_factory=list)
+    paper: str | None = None
+    note: str = ""
+    lineage: str = ""
+    plot: bool = False
+    published: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The repository's, without ORG."""
+        return self.repo.rpartition("/")[2]
+
+
+def render_card(facts: CardFacts, target: HubTarget) -> str:
+    """The card as Markdown with its metadata.
+
+    Args:
+        target: with the licence and language that were asked for; else the base model's are carried over.
+    """
+    run = json.loads((facts.model / RUN_FILE).read_text(encoding="utf-8"))
+    labels = label_facts(facts.model, run["arguments"])
+    tokenizer = json.loads((facts.model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    data = card_data(facts, target, run["arguments"], labels)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo=facts.repo,
+        kind=facts.kind,
+        title=facts.name,
+        base=data.base_model or Path(facts.base).name,
+        pooling=read_pooling(str(facts.model)) if facts.kind == "bi" else None,
+        max_length=tokenizer["model_max_length"],
+        results_table=results_table(facts),
+        note=facts.note,
+        origin=origin(facts.results),
+        method=METHODS[run["stage"]].format(loss=LOSSES[run["arguments"].get("loss")]),
+        making=making(facts, run, labels),
+        lineage=facts.lineage,
+        plot=facts.plot,
+        command=facts.command,
+        options=options_table(run),
+        seed=run["arguments"]["seed"],
+        versions=", ".join(f"{module} {version}" for module, version in run["versions"].items()),
+        licence=data.license,
+        implementation=transencoder.__version__,
+    )
+    return str(card)
+
+
+def card_data(facts: CardFacts, target: HubTarget, arguments: dict[str, Any], labels: dict[str, Any]) -> ModelCardData:
+    """The metadata that the Hub understands."""
+    mutual = len(labels.get("encoders", [])) > 1
+    taught = [] if not labels else ["mutual-distillation" if mutual else "self-distillation"]
+    base, _ = hub_origin(facts.base)
+    measured = [entry for entry in facts.results if entry["value"] is not None]
+    used = [source for source in sources_of(arguments, labels) if is_hub_id(source)]
+    used += [TASKS[entry["task"]].hub_id for entry in measured if entry["task"] in TASKS]
+    known = base_metadata(facts.base)
+    if target.hub_license:
+        known = {key: value for key, value in known.items() if not key.startswith("license")}
+        known["license"] = target.hub_license
+    if target.hub_language:
+        known["language"] = target.hub_language.split(",")
+    if base:
+        known |= {"base_model": base, "base_model_relation": "finetune"}
+    return ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag=PIPELINES[facts.kind],
+        tags=[TAG, "unsupervised", *taught, "sentence-transformers", *OWN_TAGS[facts.kind]],
+        datasets=list(dict.fromkeys(used)) or None,
+        metrics=list(dict.fromkeys(METRICS[entry["metric"]][0] for entry in measured)) or None,
+        model_name=facts.name,
+        eval_results=[eval_result(entry) for entry in measured] or None,
+        **known,
+    )
+
+
+def eval_result(entry: dict[str, Any]) -> EvalResult:
+    """An entry of results.json as the Hub's model-index has it."""
+    source = TASKS.get(entry["task"])
+    graded = entry["metric"] != "auc"
+    metric, name = METRICS[entry["metric"]]
+    return EvalResult(
+        task_type="semantic-similarity" if graded else "binary-classification",
+        task_name="Semantic Similarity" if graded else "Paraphrase or entailment of a pair",
+        dataset_type=source.hub_id if source else entry["task"],
+        dataset_name=title(entry["task"], entry["split"]),
+        dataset_config=source.config if source else None,
+        dataset_split=entry["split"],
+        dataset_revision=source.revision if source else None,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(entry["value"], 4),
+    )
+
+
+def results_table(facts: CardFacts) -> str:
+    """A row for each set: the start, this model and, where it has a figure, the paper; empty without results."""
+    start = {title(entry["task"], entry["split"]): entry["value"] for entry in primary(facts.start)}
+    names = [title(entry["task"], entry["split"]) for entry in primary(facts.results)]
+    paper = [published(name, facts.paper) if facts.paper else None for name in names]
+    header = ["set", "pairs", *(["start"] if start else []), "this model", *(["paper"] if any(paper) else [])]
+    rows = []
+    for name, entry, figure in zip(names, primary(facts.results), paper, strict=True):
+        before = [shown_value(start.get(name))] if start else []
+        after = [shown_value(figure)] if any(paper) else []
+        rows.append([name, f"{entry['n']:,}", *before, shown_value(entry["value"]), *after])
+    return markdown_table(header, rows) if rows else ""
+
+
+def primary(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the metric that tables show."""
+    return [entry for entry in entries if entry["metric"] in PRIMARY]
+
+
+def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> list[str]:
+    """Lines about what the model started from, who taught it, what it saw, and what was kept."""
+    arguments = run["arguments"]
+    lines = [f"Start: {called(arguments['model_name_or_path'], facts)}"]
+    teachers = labels.get("encoders", [])
+    for teacher in teachers:
+        sha = labels.get("inputs", {}).get(teacher)
+        lines.append(f"Teacher: {called(teacher, facts)}" + (f", SHA-256 of its weights `{sha}`" if sha else ""))
+    if len(teachers) > 1:
+        weights = labels.get("teacher_weights")
+        weighted = f", with the weights {', '.join(map(str, weights))}" if weights else ""
+        lines.append(f"It learned the teachers' mean score{weighted} (mutual distillation).")
+    if labels.get("lexical_weight"):
+        lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
+    if labels.get("both_orders") and run["stage"] == "distill_cross2bi":
+        lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
+    sums = (labels or arguments).get("inputs", {})
+    sources = ", ".join(
+        f"`{_shown(name)}`" + (f" (SHA-256 `{sum_}`)" if (sum_ := sums.get(name.rpartition("=")[2])) else "")
+        for name in sources_of(arguments, labels)
+    )
+    seen = f"{labels['rows']:,} distinct pairs" if labels else f"{run['examples']:,} distinct sentences"
+    lines.append(f"Data: {seen}, without labels, from {sources}")
+    kept = f"Checkpoint: step {run['kept_step']} of {run['steps']}"
+    if "dev" in run:
+        kept += f", the best on `{_shown(arguments['dev'])}` ({run['dev_metric']} {run['dev']:.2f})"
+    elif "agreement" in run:
+        kept += f", which agreed most with the teachers ({run['agreement_metric']} {run['agreement']:.2f})"
+    lines.append(f"{kept}; {run['world_size']} process(es), mixed precision {run['mixed_precision']}")
+    return lines
+
+
+def called(name: str, facts: CardFacts) -> str:
+    """How a card names an encoder: by its repository, by its Hub id and revision, or by the last part of its path."""
+    for end, on_the_hub in facts.published.items():
+        if name.endswith(end):
+            return on_the_hub
+    hub_id, revision = hub_origin(name)
+    if hub_id is None:
+        return f"`{Path(name).name}`"
+    return f"`{hub_id}`" + (f" at revision `{revision}`" if revision else "")
+
+
+def _shown(name: str) -> str:
+    """A Hub id or task as it is, a file or folder without where it lies."""
+    path = name.rpartition("=")[2]
+    return name if path == name and is_hub_id(name) else Path(path).name
+
+
+def hub_origin(name: str) -> tuple[str | None, str | None]:
+    """Hub id and revision of an encoder that came from there; the cache knows the revision that was used.
+
+    A name may also be a folder of another machine, or be told from another working directory: the Hub itself is asked.
+    """
+    path = Path(name)
+    if not path.exists():
+        try:
+            cached = huggingface_hub.try_to_load_from_cache(name, "config.json") if is_hub_id(name) else None
+        except HFValidationError:
+            return None, None
+        if isinstance(cached, str):
+            return name, Path(cached).parent.name
+        return (name, None) if is_hub_id(name) and HfApi().repo_exists(name) else (None, None)
+    snapshot = SNAPSHOT.search(str(path.absolute()))
+    return (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (None, None)
+
+
+def base_metadata(base: str) -> dict[str, Any]:
+    """Licence and language as the base model's card has them; empty where it has no card."""
+    try:
+        card = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base)
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError, ValueError):
+        return {}
+    found = card.data.to_dict()
+    return {key: found[key] for key in CARRIED if found.get(key)}
+
+
+def label_facts(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Who gave a student's labels, from the score file's metadata, and `rows`; empty for step 1.
+
+    The file is looked for where it was, where --teachers leave it, and where the driver puts it (the run may have
+    moved).
+    """
+    if "scores" not in arguments:
+        return {}
+    places = [model / "teacher-scores.parquet"]
+    if arguments["scores"]:
+        places = [model.parents[1] / Path(arguments["scores"]).name, Path(arguments["scores"])]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return {"rows": 0, "encoders": arguments.get("teachers") or []}
+    return {**read_facts(path), "rows": pq.read_metadata(path).num_rows}
+
+
+def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:
+    """Files and Hub ids of the training text."""
+    named = labels.get("pairs") or arguments.get("pairs") if labels else arguments["sentences"]
+    return named or [arguments["scores"]]
+
+
+def options_table(run: dict[str, Any]) -> str:
+    """The options of the training stage, without paths; `swap` as it was, where the pairs decided on it."""
+    options = run["arguments"] | ({"swap": run["swap"]} if "swap" in run else {})
+    rows = [[f"`{name}`", str(value)] for name, value in options.items() if name not in NOT_SHOWN]
+    return markdown_table(["option", "value"], [row for row in rows if row[1] != "None"])

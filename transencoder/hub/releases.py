@@ -1,0 +1,155 @@
+"""What a run of the driver publishes: a repository for each kind of encoder of each student.
+
+Every cycle is a commit with the tag `cycle-N`, the contrastive start being `cycle-0`; `main` ends at the best one.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from transencoder.config.options import HubTarget
+from transencoder.config.recipes import read_recipe
+from transencoder.data.tables import PAIRS, read_pairs
+from transencoder.data.tasks import expand_groups, load_task
+from transencoder.errors import InputError
+from transencoder.hub.card import CardFacts
+from transencoder.hub.push import Repository, Version, check_target
+from transencoder.model_files import Kind
+from transencoder.run.plan import Plan, Student, load_plan
+from transencoder.run.summary import Round, best_round, collect_rounds, dev_of, summary_table
+
+KINDS: tuple[Kind, ...] = ("bi", "cross")
+
+
+def repository_id(target: HubTarget, plan: Plan, student: str, kind: Kind) -> str:
+    """ORG/NAME-bi; with several students, ORG/NAME-STUDENT-bi."""
+    middle = f"-{student}" if len(plan.students) > 1 else ""
+    return f"{target.hub_model_id}{middle}-{kind}"
+
+
+def check_run_target(target: HubTarget, plan: Plan) -> None:
+    """Raise `InputError` if a run's models could not go where they shall, and for Hub flags without a name."""
+    if target.hub_model_id is None:
+        if target != HubTarget():
+            raise InputError("--hub_public, --hub_license and --hub_language go with --push_to_hub ORG/NAME")
+        return
+    check_target(target)
+    for student in plan.students:
+        for kind in KINDS:
+            check_target(dataclasses.replace(target, hub_model_id=repository_id(target, plan, student.name, kind)))
+
+
+def run_repositories(run: Path, target: HubTarget) -> list[Repository]:
+    """What should be on the Hub of a run, as far as it has come.
+
+    Raises:
+        InputError: not a run of the driver.
+    """
+    recipe = read_recipe(str(run / "recipe.yaml"))
+    plan = load_plan(recipe, str(run / "recipe.yaml"))
+    rounds = collect_rounds(run, so_far=True)
+    note = selection_note(rounds) + transductive_note(run, plan, recipe) if rounds else ""
+    repositories = []
+    for student in plan.students:
+        for kind in KINDS:
+            own = [r for r in rounds if r.student == student.name and r.kind == kind and _is_made_here(r, student)]
+            if own:
+                repositories.append(_repository(run, plan, target, student, own, rounds, note))
+    return repositories
+
+
+def _is_made_here(round_: Round, student: Student) -> bool:
+    """A start that the recipe names is somebody else's, and is not published."""
+    return round_.cycle > 0 or not student.bi_encoder
+
+
+def _repository(
+    run: Path, plan: Plan, target: HubTarget, student: Student, own: list[Round], rounds: list[Round], note: str
+) -> Repository:
+    kind = own[0].kind
+    name = repository_id(target, plan, student.name, kind)
+    base = student.cross_encoder_plm or student.plm if kind == "cross" else student.bi_encoder or student.plm
+    start = next(r for r in rounds if r.cycle == 0 and r.student == student.name)
+    best = best_round(own, kind)
+    plot = run / "progress.png"
+    command = (
+        f"hf download {name} recipe.yaml --local-dir .\n"
+        f"bash scripts/run_transencoder.sh --recipe recipe.yaml --output_dir runs/{run.name}"
+    )
+
+    def version(this: Round) -> Version:
+        facts = CardFacts(
+            repo=name,
+            model=Path(this.path),
+            kind=kind,
+            base=base,
+            command=command,
+            results=this.entries,
+            start=start.entries if this is not start else [],
+            paper=this.paper,
+            note=note,
+            lineage=lineage(rounds, this, best),
+            plot=plot.is_file(),
+            published=published_names(plan, target),
+        )
+        files = [run / "recipe.yaml", *([plot] if plot.is_file() else [])]
+        return Version(facts, this.step, f"cycle-{this.cycle}", files)
+
+    return Repository(name, kind, [version(r) for r in own], version(best))
+
+
+def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
+    """End of an encoder's path in the run -> how a card calls it."""
+    names = {}
+    for student in plan.students:
+        bi, cross = (repository_id(target, plan, student.name, kind) for kind in KINDS)
+        names[f"contrastive/{student.name}"] = f"`{bi}` at tag `cycle-0`"
+        for cycle in range(1, plan.cycles + 1):
+            names[f"cycle-{cycle}/bi-encoder/{student.name}"] = f"`{bi}` at tag `cycle-{cycle}`"
+            names[f"cycle-{cycle}/cross-encoder/{student.name}"] = f"`{cross}` at tag `cycle-{cycle}`"
+    return names
+
+
+def lineage(rounds: list[Round], this: Round, best: Round) -> str:
+    """The run's table so far, and where in it a model stands."""
+    dev = dev_of(rounds)
+    why = f"the best on `{dev}`" if dev else "the latest"
+    place = f"This is *{this.step}*" + (f" of {this.student}" if len({r.student for r in rounds}) > 1 else "")
+    return (
+        f'{summary_table([rounds])}\n{place}. Each cycle is a tag of the repository (`revision="cycle-1"`); `main` is '
+        f"at {best.step}, {why} of these tags.\n"
+    )
+
+
+def selection_note(rounds: list[Round]) -> str:
+    """What the dev set was used for."""
+    dev = dev_of(rounds)
+    return f"`{dev}` was used for choosing: its figures are no test results. " if dev else ""
+
+
+def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
+    """How many test pairs were, without their scores, among the training pairs."""
+    if not plan.tasks:
+        return ""
+    columns = {**recipe.get("common", {}), **recipe.get("evaluate_encoders", {})}.get("columns")
+    scores = run / "cycle-1" / "bi-scores.parquet"
+    try:
+        pool = set(_pairs(read_pairs([str(scores)])))
+        tests = [load_task(spec, plan.data_dir, columns) for spec in expand_groups(plan.tasks)]
+    except InputError:  # the data may be elsewhere by now
+        return (
+            "Where test pairs were, without scores, among the training pairs, as in the paper, this is *transductive*."
+        )
+    seen = [(task, sum(pair in pool or pair[::-1] in pool for pair in _pairs(task.pairs))) for task in tests]
+    if not any(count for _, count in seen):
+        return "None of the test pairs was among the training pairs."
+    counts = ", ".join(
+        f"{count:,} of the {len(task.pairs):,} pairs of `{task.title}`" for task, count in seen if count
+    )
+    return f"*Transductive*: {counts} were, without their scores, among the training pairs."
+
+
+def _pairs(table: datasets.Dataset) -> list[tuple[str, str]]:
+    return list(zip(*(table[name] for name in PAIRS), strict=True))

@@ -1,0 +1,1 @@
+"""A run of the driver: its paths, its plan, its table."""

@@ -1,0 +1,402 @@
+"""What the driver reads from a recipe: which models, which data, how many cycles."""
+
+import dataclasses
+import shlex
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transencoder.config.arguments import STAGES, ScoringArguments
+from transencoder.config.parsing import check_numbers, parse_stage
+from transencoder.config.recipes import DRIVER, as_options, check_options, read_recipe
+from transencoder.data.paper import check_setting
+from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
+from transencoder.data.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title
+from transencoder.errors import InputError, storage_error
+from transencoder.model_files import check_bi_encoder, check_language_model
+from transencoder.runtime.accelerator import trackers
+from transencoder.runtime.files import write_text
+from transencoder.runtime.records import difference
+from transencoder.search.mining import Sides, parse_mix, wanted_pairs
+from transencoder.selection import select_by, training_rows
+from transencoder.training import count_pieces
+
+ENSEMBLE = "ensemble"  # what tables call the mean of the students
+LISTS = ("pairs", "tasks", "sentences", "sentences_b", "extra_pairs")  # a single name will do, too
+TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
+
+
+@dataclass
+class Student:
+    """One of the language models that are trained side by side.
+
+    Args:
+        name: of its folders in the run.
+        plm: the raw language model that the cross-encoder, and step 1, start from.
+        bi_encoder: a ready bi-encoder in place of step 1.
+        cross_encoder_plm: where the cross-encoder starts from another model than `plm`.
+        train_contrastive, distill_bi2cross, distill_cross2bi: options for this student only.
+    """
+
+    name: str
+    plm: str | None = None
+    bi_encoder: str | None = None
+    cross_encoder_plm: str | None = None
+    train_contrastive: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distill_bi2cross: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distill_cross2bi: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """The recipe's `run_transencoder` section.
+
+    Args:
+        students: one for self-distillation, several for mutual distillation.
+        pairs: unlabelled pairs: pools (sts_sickr), files, Hub ids. Without them, pairs are mined from the sentences.
+        extra_pairs, num_extra_pairs, num_training_pairs: as score_pairs.py takes them.
+        tasks: what is measured before and after; as evaluate_encoders.py takes them. Without tasks and dev, nothing.
+        sentences: for step 1, and for mining.
+        sentences_b: a second side, such as answers: mined pairs have a sentence of each side.
+        remine: mine again in each cycle, with the bi-encoders of the cycle before.
+        dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
+        data_dir: folder of the registered tasks and pools.
+        cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
+        student_start: where a cycle's students begin: "refresh", the raw language model and the step-1 checkpoint, or
+            "carry_over", their own weights of the cycle before (ablation).
+        alternate: False leaves the cross-encoder out: bi-encoders learn from bi-encoders (ablation).
+        paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
+        stop_at: no further cycle once its labels agree with those of the cycle before so much (Spearman, 0 to 1).
+    """
+
+    students: list[Student]
+    tasks: list[str] = dataclasses.field(default_factory=list)
+    pairs: list[str] | None = None
+    sentences: list[str] | None = None
+    sentences_b: list[str] | None = None
+    remine: bool = False
+    dev: str | None = None
+    data_dir: str | None = None
+    extra_pairs: list[str] | None = None
+    num_extra_pairs: int | None = None
+    num_training_pairs: int | None = None
+    cycles: int = 3
+    student_start: str = "refresh"
+    alternate: bool = True
+    paper: dict[str, str] = dataclasses.field(default_factory=dict)
+    stop_at: float | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure encoders on."""
+        return bool(self.tasks or self.dev)
+
+    @property
+    def step1_sentences(self) -> list[str]:
+        """Those of both sides."""
+        return (self.sentences or []) + (self.sentences_b or [])
+
+
+def load_plan(recipe: dict[str, Any], where: str) -> Plan:
+    """Build the plan of a recipe that `read_recipe` read.
+
+    Args:
+        where: how errors name the recipe.
+    Raises:
+        InputError: no such section, an unknown or missing key, a value of the wrong kind.
+    """
+    section = dict(recipe.get(DRIVER) or {})
+    if not section:
+        raise InputError(f"{where}: no section {DRIVER!r}")
+    students = section.pop("students", None)
+    if not isinstance(students, list) or not students or not all(isinstance(item, dict) for item in students):
+        raise InputError(f"{where}: {DRIVER}.students must be a list of models (name, plm)")
+    plan = _build(Plan, {**section, "students": [_build(Student, item, where) for item in students]}, where)
+    for name in LISTS:
+        if isinstance(getattr(plan, name), str):
+            setattr(plan, name, [getattr(plan, name)])
+    _check_kinds(plan, where)
+    _check_pairs(plan, where)
+    plan.tasks = expand_groups(plan.tasks or [])
+    if plan.dev:
+        plan.dev = _named_as_dev(plan.dev)
+    titles = [title(*parse_spec(spec)[:2]) for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]]
+    if len(set(titles)) < len(titles):
+        raise InputError(f"{where}: the tasks' names must differ (NAME=FILE gives a name): {', '.join(titles)}")
+    _check_students(plan, where)
+    return plan
+
+
+def _check_kinds(plan: Plan, where: str) -> None:
+    """Refuse a value of the wrong kind."""
+    for name in LISTS:
+        value = getattr(plan, name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise InputError(f"{where}: {DRIVER}.{name} must be a name or a list of names")
+    words = [(name, getattr(plan, name)) for name in ("dev", "data_dir")]
+    for student in plan.students:
+        words += [(name, getattr(student, name)) for name in ("name", "plm", "bi_encoder", "cross_encoder_plm")]
+    for name, value in words:
+        if not isinstance(value, str | None):
+            raise InputError(f"{where}: {name} must be a name, not {value!r}")
+    if plan.student_start not in ("refresh", "carry_over"):
+        raise InputError(f"{where}: {DRIVER}.student_start must be refresh or carry_over, not {plan.student_start!r}")
+    for name in ("alternate", "remine"):
+        if not isinstance(getattr(plan, name), bool):
+            raise InputError(f"{where}: {DRIVER}.{name} must be true or false")
+    if not isinstance(plan.paper, dict):
+        raise InputError(f"{where}: {DRIVER}.paper must name a setting of the paper for each student")
+    if type(plan.cycles) is not int or plan.cycles < 1:
+        raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
+    if plan.stop_at is not None and not (type(plan.stop_at) in (int, float) and 0 < plan.stop_at <= 1):
+        raise InputError(f"{where}: {DRIVER}.stop_at must be a number above 0, at most 1")
+
+
+def _check_pairs(plan: Plan, where: str) -> None:
+    """Refuse a recipe that neither gives pairs nor lets them be mined, or half of each."""
+    if not plan.pairs and not plan.sentences:
+        raise InputError(f"{where}: {DRIVER} needs 'pairs', or 'sentences' to mine them from")
+    of_mining = [name for name in ("sentences_b", "remine") if getattr(plan, name)]
+    if plan.pairs and of_mining:
+        raise InputError(f"{where}: {DRIVER}.{of_mining[0]} is for mining, which {DRIVER}.pairs leaves out")
+    of_pools = [name for name in ("extra_pairs", "num_extra_pairs", "num_training_pairs") if getattr(plan, name)]
+    if not plan.pairs and of_pools:
+        raise InputError(f"{where}: {DRIVER}.{of_pools[0]} goes with {DRIVER}.pairs; mine_pairs has num_pairs")
+    if plan.remine and plan.stop_at:
+        raise InputError(f"{where}: {DRIVER}.stop_at compares the labels of the same pairs, which remine replaces")
+
+
+def _check_students(plan: Plan, where: str) -> None:
+    """Refuse students without what they need, or whose folders would collide."""
+    names = [student.name for student in plan.students]
+    if len(set(names)) < len(names) or not all(PLAIN_NAME.fullmatch(name) for name in names):
+        raise InputError(f"{where}: the students' names must differ and be plain folder names: {', '.join(names)}")
+    if ENSEMBLE in names:
+        raise InputError(f"{where}: a student cannot be called {ENSEMBLE!r}, which is the mean of all")
+    for name, setting in plan.paper.items():
+        if name not in (*names, ENSEMBLE):
+            raise InputError(f"{where}: {DRIVER}.paper: no student {name!r}")
+        check_setting(setting, f"{where}: {DRIVER}.paper")
+    for student in plan.students:
+        if not (student.cross_encoder_plm or student.plm):
+            raise InputError(f"{where}: student {student.name}: no plm")
+        if not student.bi_encoder and not (student.plm and plan.sentences):
+            raise InputError(f"{where}: student {student.name}: needs a bi_encoder, or a plm and {DRIVER}.sentences")
+        for stage in TRAINING_STAGES:
+            if not isinstance(getattr(student, stage), dict):
+                raise InputError(f"{where}: student {student.name}: {stage} must hold options")
+            check_options(getattr(student, stage), f"{where}: student {student.name}: {stage}")
+
+
+def _named_as_dev(spec: str) -> str:
+    """The dev set's spec with ".dev" in its name, by which tables and the choice of the best model know it."""
+    name, split, path = parse_spec(spec)
+    return spec if split == "dev" or path is None else f"{name}.dev={path}"
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r} in {DRIVER}; known: {', '.join(known)}")
+    for name, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and not values.get(name):
+            raise InputError(f"{where}: {DRIVER} needs {name!r}")
+    return kind(**values)
+
+
+def check_inputs(plan: Plan, recipe_path: str) -> None:
+    """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
+    labelling = _labelling(plan, recipe_path)
+    columns, pooling = labelling.columns, labelling.pooling
+    for student in plan.students:
+        check_language_model(student.cross_encoder_plm or student.plm)
+        if student.bi_encoder:
+            check_bi_encoder(student.bi_encoder, pooling)
+        else:
+            check_language_model(student.plm)
+    pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)
+    sentences = 0
+    if any(not student.bi_encoder for student in plan.students):
+        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, columns))
+    tasks = [load_task(spec, plan.data_dir, columns) for spec in plan.tasks]
+    _check_apart(load_task(plan.dev, plan.data_dir, columns) if plan.dev else None, tasks, recipe_path)
+    for student in plan.students:
+        _check_options(student, plan, recipe_path, sentences, pairs)
+
+
+def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
+    """Refuse a dev set that is a test set under another name: checkpoints chosen on it cannot be measured on it."""
+    same = [task.title for task in tasks if dev is not None and task.sha256 == dev.sha256]
+    if same:
+        raise InputError(
+            f"--recipe {recipe_path}: the dev set {dev.title} and the task {same[0]} are the same labelled pairs; "
+            "choose checkpoints on others, or leave dev out"
+        )
+
+
+def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:
+    """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
+    for stage in STAGES:
+        words = _stand_ins(stage, recipe_path, len(plan.students)) + as_options(getattr(student, stage, {}))
+        arguments = parse_stage(
+            stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
+        )
+        trackers(getattr(arguments, "report_to", "none"))
+        if getattr(arguments, "carry_over", False):
+            raise InputError(f"--recipe {recipe_path}: carry_over: set {DRIVER}.student_start: carry_over instead")
+        if getattr(arguments, "push_to_hub", False):
+            raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
+        if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
+            select_by(arguments)
+            rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
+            rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
+            if stage == "distill_bi2cross":
+                rows *= 2 if swap_of(arguments.swap, _ordered(plan)) else 1
+            count_pieces(rows, arguments, 1)
+
+
+def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
+    """How many pairs are to be mined, the options and the sentences being checked."""
+    mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
+    first = read_sentence_pool(plan.sentences, plan.data_dir, mining.columns)
+    second = read_sentence_pool(plan.sentences_b, plan.data_dir, mining.columns) if plan.sentences_b else first
+    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, Sides(first, second)))
+
+
+def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
+    """The options of score_pairs.py as the driver will pass them on, checked."""
+    words = _stand_ins("score_pairs", recipe_path, len(plan.students))
+    labelling = parse_stage("score_pairs", argv=[*words, *(["--pairs", *_pool_words(plan)] if plan.pairs else [])])
+    check_both_orders(labelling.both_orders, _ordered(plan))
+    return labelling
+
+
+def _ordered(plan: Plan) -> bool:
+    """Whether the given pairs must not be turned round."""
+    return is_ordered(plan.pairs or [], plan.extra_pairs)
+
+
+def _pool_words(plan: Plan) -> list[str]:
+    """The pairs, and the options that go with them; nothing where they are mined."""
+    names = ("data_dir", "num_training_pairs", "extra_pairs", "num_extra_pairs")
+    return plan.pairs + as_options({name: getattr(plan, name) for name in names}) if plan.pairs else []
+
+
+def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
+    """Words for a stage's parser with its required options in place; an encoder for each student."""
+    encoders = "--encoders" + " x" * students
+    required = {
+        "mine_pairs": f"{encoders} --sentences x --output x",
+        "score_pairs": f"{encoders} --pairs x --output x",
+        "evaluate_encoders": f"{encoders} --tasks x --output_dir x",
+        "train_contrastive": "--model_name_or_path x --sentences x --output_dir x",
+    }
+    words = required.get(stage, "--model_name_or_path x --scores x --output_dir x")
+    return ["--recipe", recipe_path, *words.split()]
+
+
+def resolve_recipe(
+    path: str, models: dict[str, list[str]] | None = None, seed: int | None = None, data_dir: str | None = None
+) -> dict[str, Any]:
+    """A recipe with the driver's own flags worked in.
+
+    Args:
+        models: "plm" and "bi_encoder" -> models in place of the recipe's, each [NAME=]MODEL.
+        seed: of every stage.
+        data_dir: folder of the registered tasks and pools.
+    """
+    recipe = read_recipe(path)
+    if seed is not None:
+        check_numbers(Namespace(seed=seed))
+        recipe["common"] = {**recipe.get("common", {}), "seed": seed}
+    if data_dir is not None:
+        recipe[DRIVER] = {**recipe.get(DRIVER, {}), "data_dir": data_dir}
+    for key, values in (models or {}).items():
+        for value in values:
+            _set_model(recipe, path, key, value)
+    return recipe
+
+
+def _set_model(recipe: dict[str, Any], path: str, key: str, value: str) -> None:
+    """Work `--plm [NAME=]MODEL` or `--bi_encoder [NAME=]MODEL` in."""
+    students = recipe.get(DRIVER, {}).get("students")
+    students = [item for item in students if isinstance(item, dict)] if isinstance(students, list) else []
+    name, _, model = value.rpartition("=")
+    chosen = [student for student in students if student.get("name") == name] if name else students
+    if len(chosen) != 1:
+        names = ", ".join(str(student.get("name")) for student in students)
+        raise InputError(f"--{key} {value}: {path} has the students {names}; give NAME=MODEL for one of them")
+    chosen[0][key] = model
+
+
+def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
+    """Write the resolved recipe into the run's folder, which makes the folder this recipe's.
+
+    Raises:
+        InputError: the folder is another recipe's (but for the number of cycles and where to stop, which may change).
+    """
+    path = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: not a folder")
+    if path.exists():
+        before, now = (_flat(content) for content in (read_recipe(str(path)), recipe))
+        changed = difference(before, now)
+        if changed:
+            raise InputError(f"--output_dir {folder}: holds another run's results ({changed}); choose another folder")
+    elif folder.exists() and any(file != path and not file.name.startswith(".") for file in folder.iterdir()):
+        raise InputError(f"--output_dir {folder}: holds files that are not this tool's; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"--output_dir {folder}"
+        raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    values = {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
+    for name in ("cycles", "stop_at"):
+        values.pop(f"{DRIVER}.{name}", None)
+    return values
+
+
+def to_shell(plan: Plan) -> str:
+    """The plan as bash assignments: arrays with one element for each student, options as quoted words."""
+
+    def array(name: str, words: list[str]) -> str:
+        return f"{name}=({' '.join(map(shlex.quote, words))})"
+
+    def options(stage: str) -> list[str]:
+        return [shlex.join(as_options(getattr(student, stage))) for student in plan.students]
+
+    dev = [f"--dev={plan.dev}"] if plan.dev else []
+    data = [f"--data_dir={plan.data_dir}"] if plan.data_dir else []
+    sides = as_options({"sentences": plan.sentences, "sentences_b": plan.sentences_b})
+    return "\n".join(
+        [
+            f"CYCLES={plan.cycles}",
+            f"STOP_AT={plan.stop_at or ''}",
+            f"CARRY_OVER={1 if plan.student_start == 'carry_over' else ''}",
+            f"ALTERNATE={1 if plan.alternate else ''}",
+            array("NAMES", [student.name for student in plan.students]),
+            array("STEP1_PLMS", [student.plm or "" for student in plan.students]),
+            array("CROSS_PLMS", [student.cross_encoder_plm or student.plm for student in plan.students]),
+            array("READY_BI", [student.bi_encoder or "" for student in plan.students]),
+            array("STEP1_OPTIONS", options("train_contrastive")),
+            array("CROSS_OPTIONS", options("distill_bi2cross")),
+            array("BI_OPTIONS", options("distill_cross2bi")),
+            f"REMINE={1 if plan.remine else ''}",
+            array("SENTENCES", plan.step1_sentences),
+            array("SIDES", sides),
+            array("PAIRS", _pool_words(plan)),
+            array("TASKS", ([plan.dev] if plan.dev else []) + plan.tasks),
+            array("DATA", data),
+            array("DEV", dev + data),
+            array("ENSEMBLES", ["--with_ensembles=True"] if len(plan.students) > 1 else []),
+        ]
+    )

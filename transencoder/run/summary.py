@@ -1,0 +1,233 @@
+"""What a finished run amounts to: the table, the plot, and which of its models are the best."""
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transencoder.config.recipes import read_recipe
+from transencoder.data.paper import row_of
+from transencoder.data.tasks import title
+from transencoder.errors import InputError
+from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
+from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
+from transencoder.runtime.files import read_json, write_folder
+from transencoder.runtime.records import RUN_FILE
+from transencoder.selection import stopped_before
+
+
+@dataclass
+class Round:
+    """One encoder of the run, or the mean of several, and what it measured.
+
+    Args:
+        cycle: 0 for the start.
+        kind: "bi", "cross", or "bi+cross" for an ensemble of both.
+        student: name of its language model in the run, or ENSEMBLE.
+        path: its folder; None for an ensemble.
+        values: task title -> primary metric x 100.
+        paper: row of the paper's tables that it is to be compared with.
+        entries: what results.json says of it.
+    """
+
+    cycle: int
+    kind: str
+    student: str
+    path: str | None
+    values: dict[str, float]
+    paper: str | None = None
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def step(self) -> str:
+        """As the table and the plot's axis call it."""
+        kind = "bi- and cross-encoder" if self.kind == "bi+cross" else f"{self.kind}-encoder"
+        return f"cycle {self.cycle}, {kind}" if self.cycle else f"start, {kind}"
+
+
+def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
+    """Every encoder of a run that was measured (made, where nothing is measured), in the order of making.
+
+    Args:
+        so_far: stop at the first cycle that is not through yet.
+    Raises:
+        InputError: without `so_far`, such a cycle.
+    """
+    plan = load_plan(read_recipe(str(run / "recipe.yaml")), str(run / "recipe.yaml"))
+    rounds: list[Round] = []
+    for cycle in range(plan.cycles + 1):
+        folder = run / f"cycle-{cycle}" if cycle else run / "start"
+        if stopped_before(run, cycle, plan.stop_at):
+            break
+        through = (folder / "results.json").is_file() if plan.measures else _are_made(run, cycle, plan)
+        if not through:
+            if so_far:
+                break
+            what = "no results.json" if plan.measures else "not all of its models"
+            raise InputError(f"{folder}: {what}; run_transencoder.sh has not finished there")
+        results = read_results(folder / "results.json") if plan.measures else []
+        for kind in kinds_of(plan, cycle):
+            for student in plan.students:
+                rounds.append(_round(run, cycle, kind, student, results))
+        rounds += _ensembles(cycle, results)
+    for round_ in rounds:
+        setting = plan.paper.get(round_.student)
+        round_.paper = row_of(setting, round_.kind, at_start=not round_.cycle) if setting else None
+    return rounds
+
+
+def kinds_of(plan: Plan, cycle: int) -> tuple[str, ...]:
+    """The kinds of encoder that a cycle makes, in order; 0 is the start."""
+    return ("cross", "bi") if cycle and plan.alternate else ("bi",)
+
+
+def _place(cycle: int, kind: str, student: Student) -> str:
+    """Where in a run's folder the driver puts an encoder."""
+    return f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
+
+
+def _are_made(run: Path, cycle: int, plan: Plan) -> bool:
+    """Whether all encoders of a cycle are there and whole."""
+    made_here = [student for student in plan.students if cycle or not student.bi_encoder]
+    folders = [run / _place(cycle, kind, student) for kind in kinds_of(plan, cycle) for student in made_here]
+    return all(
+        (folder / RUN_FILE).is_file() and read_json(folder / RUN_FILE).get("status") == "complete"
+        for folder in folders
+    )
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """What evaluate_encoders.py wrote; raises `InputError` for anything else."""
+    try:
+        results = read_json(path)
+        if all({"encoders", "kind", "task", "split", "metric", "value"} <= entry.keys() for entry in results):
+            return results
+        raise ValueError("an entry lacks a key")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not what evaluate_encoders.py writes ({error}); delete it and measure again"
+        ) from error
+
+
+def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
+    """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
+    inside = _place(cycle, kind, student)
+    ready = student.bi_encoder if not cycle else None
+    own = [
+        entry
+        for entry in results
+        if len(entry["encoders"]) == 1
+        and (entry["encoders"] == [ready] if ready else entry["encoders"][0].endswith(inside))
+    ]
+    return Round(cycle, kind, student.name, ready or str(run / inside), _values(own), entries=own)
+
+
+def _ensembles(cycle: int, results: list[dict[str, Any]]) -> list[Round]:
+    """The means of several encoders, where they were measured."""
+    several = [entry for entry in results if len(entry["encoders"]) > 1]
+    kinds = dict.fromkeys(entry["kind"] for entry in several)
+    return [
+        Round(cycle, kind, ENSEMBLE, None, _values([entry for entry in several if entry["kind"] == kind]))
+        for kind in kinds
+    ]
+
+
+def _values(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Task title -> primary metric."""
+    return {
+        title(entry["task"], entry["split"]): math.nan if entry["value"] is None else entry["value"]
+        for entry in results
+        if entry["metric"] in PRIMARY
+    }
+
+
+def tests_of(rounds: list[Round]) -> list[str]:
+    """The titles that are not dev sets."""
+    return [name for name in rounds[0].values if not name.endswith(".dev")]
+
+
+def dev_of(rounds: list[Round]) -> str | None:
+    """The title of the dev set."""
+    return next((name for name in rounds[0].values if name.endswith(".dev")), None)
+
+
+def summary_table(runs: list[list[Round]]) -> str:
+    """Markdown: a row for each encoder, a column for each set, the mean of the test sets last.
+
+    Args:
+        runs: the rounds of one run, or of several that differ in their seed only: then mean and standard deviation.
+    Raises:
+        InputError: the runs do not have the same rounds and sets.
+    """
+    shapes = {tuple((r.step, r.student, *r.values) for r in rounds) for rounds in runs}
+    if len(shapes) > 1:
+        raise InputError("these runs differ in more than their seed: not the same encoders measured on the same sets")
+    names, tests = list(runs[0][0].values), tests_of(runs[0])
+    several = len({r.student for r in runs[0]}) > 1
+    rows = []
+    for same in zip(*runs, strict=True):
+        columns = [[r.values[name] for r in same] for name in names]
+        if len(tests) > 1:
+            columns.append([float(np.mean([r.values[name] for name in tests])) for r in same])
+        label = f"{same[0].step} ({same[0].student})" if several else same[0].step
+        rows.append([label, *map(_mean_and_deviation, columns)])
+        rows += paper_rows(same[0].paper, names, tests) if same[0].paper else []
+    return markdown_table(["encoder", *names, *(["mean of tests"] if len(tests) > 1 else [])], rows)
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    """ "71.20", or for several runs "71.20 ± 0.31" with the sample standard deviation."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def best_round(rounds: list[Round], kind: str) -> Round:
+    """The encoder with the best dev score, the start included; without a dev set that of the last cycle."""
+    dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind and r.path]
+    if dev is None:
+        return next(r for r in candidates if r.cycle == candidates[-1].cycle)
+    return max(candidates, key=lambda r: -math.inf if math.isnan(r.values[dev]) else r.values[dev])
+
+
+def keep_best(run: Path, rounds: list[Round]) -> list[str]:
+    """Copy the best encoder of each kind to `best/`; a line about each."""
+    lines, dev = [], dev_of(rounds)
+    for kind in sorted({r.kind for r in rounds if r.path}):
+        best = best_round(rounds, kind)
+        target = run / "best" / f"{kind}-encoder"
+        if Path(best.path).is_dir():
+            write_folder(target, lambda folder, source=best.path: shutil.copytree(source, folder, dirs_exist_ok=True))
+            why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
+            lines.append(f"`best/{kind}-encoder` is {best.step} of {best.student} ({why}).")
+        else:
+            lines.append(f"The best {kind}-encoder is the start itself, {best.path} from the Hub: no copy was made.")
+    return lines
+
+
+def plot_progress(path: Path, rounds: list[Round]) -> None:
+    """A PNG of score against half-cycle: one panel for each student, one line for each test set (else the dev set)."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
+    students = list(dict.fromkeys(r.student for r in rounds if r.path))
+    figure, axes = plt.subplots(
+        1, len(students), figsize=(1.5 + 4.5 * len(students), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, student in zip(axes[0], students, strict=True):
+        own = [r for r in rounds if r.student == student]
+        labels = [f"{r.kind} {r.cycle}" if r.cycle else "start" for r in own]
+        for name in tests_of(rounds) or [dev_of(rounds)]:
+            axis.plot(labels, [r.values[name] for r in own], marker="o", label=name)
+        axis.set_title(student)
+        axis.set_xlabel("half-cycle")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("Spearman or AUC, x 100")
+    axes[0][-1].legend(title="test set", fontsize="small")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)

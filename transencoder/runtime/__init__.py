@@ -1,0 +1,1 @@
+"""Processes, disk and devices: what every stage stands on."""

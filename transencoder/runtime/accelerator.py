@@ -1,0 +1,128 @@
+"""What every stage sets up before it works: the Accelerator, seeds, logging, trackers."""
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from torch.distributed import DistError
+from tqdm.auto import tqdm
+
+from transencoder.config.options import StageArguments
+from transencoder.errors import BrokenRun, InputError, is_first_process
+from transencoder.runtime.backends import (
+    accelerate_precision,
+    choose_precision,
+    idle_cores,
+    process_group,
+    set_up_engine,
+)
+from transencoder.runtime.heartbeat import watch_machines
+from transencoder.runtime.speed import keep_few_primitives
+
+PROJECT = "trans-encoder"
+DRIVER_VARIABLE = "TRANSENCODER_RUN"  # run_transencoder.sh sets it for its stages
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def start(arguments: StageArguments) -> Accelerator:
+    """Make the Accelerator of this process and seed everything.
+
+    Raises:
+        InputError: the tracker asked for is not installed.
+        BrokenRun: another process of the run ended before all had met.
+    """
+    log_with = trackers(getattr(arguments, "report_to", "none"))
+    quiet_libraries()
+    precision = choose_precision(arguments.mixed_precision)
+    keep_few_primitives(precision)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=accelerate_precision(precision),
+            # The batch size is that of all processes together; each takes its part of every batch.
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+            # Every batch has all its pieces: the last one of an epoch needs no special care.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            log_with=log_with or None,
+            project_dir=getattr(arguments, "output_dir", None),
+            kwargs_handlers=process_group(),
+        )
+    except DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise BrokenRun(f"the processes of this run do not reach one another, or one has ended: {reason}") from error
+    watch_machines()
+    set_up_engine(accelerator, precision)
+    set_seed(arguments.seed)
+    return accelerator
+
+
+def progress_bar(accelerator: Accelerator, total: int, title: str, done: int = 0) -> tqdm:
+    """A bar on the first process's terminal; none in a log file, and none that stays when the work is short."""
+    hidden = None if accelerator.is_main_process else True
+    return tqdm(total=total, desc=title, initial=done, leave=False, disable=hidden)
+
+
+def log(message: str) -> None:
+    """Write a line on stderr, from the first process only."""
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def log_idle_cores(accelerator: Accelerator) -> None:
+    """Say once that cores have nothing to do: when the work begins, as bad input gets no line but its own."""
+    if idle := idle_cores(accelerator):
+        cores = idle + 1
+        log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
+
+
+def log_next(command: str) -> None:
+    """What one does next with what was written: for somebody at a terminal, not in a log and not under the driver."""
+    if sys.stderr.isatty() and DRIVER_VARIABLE not in os.environ:
+        log(f"next: {command}")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notes away from ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("datasets", "huggingface_hub", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # What these warn of does not happen here: nothing is added in place to a model's output ...
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # ... and this is between DeepSpeed and PyTorch.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def trackers(report_to: str) -> list[str]:
+    """The trackers to use; raises `InputError` for one that is not installed."""
+    installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
+    if report_to == "all" and not installed:
+        raise InputError(f"--report_to all: none is installed; pip install {' or '.join(TRACKERS)}")
+    if report_to == "all":
+        return installed
+    if report_to != "none" and report_to not in installed:
+        raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}")
+    return [] if report_to == "none" else [report_to]
+
+
+def start_trackers(accelerator: Accelerator, arguments: Any) -> None:
+    """Begin a run in each tracker, named like the output folder, with the stage's arguments as its configuration."""
+    name = "/".join(Path(arguments.output_dir).absolute().parts[1:][-4:])
+    options = {"wandb": {"name": name, "dir": arguments.output_dir}, "trackio": {"name": name}}
+    accelerator.init_trackers(PROJECT, config=as_plain(arguments), init_kwargs=options)
+
+
+def as_plain(arguments: Any) -> dict[str, Any]:
+    """Arguments as numbers and strings, which is what trackers take."""
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(arguments).items()}

@@ -1,0 +1,89 @@
+"""What a long scoring has done so far, on disk, so that it goes on from there after a crash or a signal.
+
+.OUTPUT.parquet.parts/facts.json              whose parts these are
+.OUTPUT.parquet.parts/encoder-0.part-3.npy    the encoder's outputs for the fourth `rows` inputs
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from transencoder.errors import writing
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.files import write_file, write_json
+from transencoder.runtime.locks import lock, unlock
+
+FACTS_FILE = "facts.json"
+
+
+class Parts:
+    """A folder of parts; those of another scoring are thrown away. The first process has the output's lock meanwhile.
+
+    Args:
+        output: the file that the parts will become.
+        facts: what the scores depend on.
+        rows: inputs in a part.
+    """
+
+    def __init__(self, output: Path, facts: dict[str, Any], rows: int, accelerator: Accelerator):
+        self.folder, self.rows, self.accelerator = _folder(output), rows, accelerator
+        self.output = output
+        if accelerator.is_main_process:
+            lock(output)
+        facts = json.loads(json.dumps({**facts, "rows": rows}))
+        if accelerator.is_main_process and self._found() != facts:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True)
+            write_json(self.folder / FACTS_FILE, facts)
+        accelerator.wait_for_everyone()
+        done = sum(1 for _ in self.folder.glob("*.npy"))
+        if done:
+            log(f"going on from {self.folder}: {done} parts are done")
+
+    def _found(self) -> Any:
+        try:
+            return json.loads((self.folder / FACTS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def load(self, name: str, number: int, rows: int) -> np.ndarray | None:
+        """A part that is done: float32 [rows] or [rows, d]; None if there is none, or it is damaged."""
+        path = self._path(name, number)
+        try:
+            part = np.load(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError):
+            part = np.empty(0)
+        if len(part) == rows:
+            return part
+        log(f"warning: {path} is damaged; scoring it again")
+        return None
+
+    def save(self, name: str, number: int, part: np.ndarray) -> None:
+        """Keep a part, from the first process."""
+        if self.accelerator.is_main_process:
+            write_file(self._path(name, number), lambda stream: np.save(stream, part))
+
+    def remove(self) -> None:
+        """Once the output is there."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder)
+            unlock(self.output)
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}.part-{number}.npy"
+
+
+def remove_parts(output: Path) -> None:
+    """Delete the parts of an output that is whole."""
+    shutil.rmtree(_folder(output), ignore_errors=True)
+
+
+def _folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.parts")
