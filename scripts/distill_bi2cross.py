@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transencoder.batches import PairInputs
 from transencoder.data.pools import swap_of
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import CrossEncoder
+from transencoder.encoders import load_cross_encoder
 from transencoder.errors import one_line_errors
 from transencoder.labels import order_matters, pseudo_labels, read_label_pairs
 from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
@@ -50,8 +50,8 @@ def main() -> None:
 
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
-    encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
-    rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, swap)
+    encoder = load_cross_encoder(arguments.model_name_or_path, dropout=arguments.dropout)
+    rows = PairInputs(labels, encoder, arguments.max_length, swap)
     rows.scores = bce_targets(rescaled(rows.scores, arguments.rescale), arguments.negatives)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from transencoder.batches import SentencePairs
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.labels import pseudo_labels, read_label_pairs
 from transencoder.losses import BI_LOSSES
-from transencoder.model_files import check_bi_encoder
+from transencoder.model_files import check_bi_encoder, model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
@@ -34,7 +34,7 @@ from transencoder.training import Batch, begin, count_pieces, finish, train
 def main() -> None:
     arguments, accelerator = begin(STAGE, __doc__)
 
-    check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
+    check_bi_encoder(arguments.model_name_or_path, model_options(arguments))
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments, dev)
     examples = training_rows(len(pairs), arguments)
@@ -43,10 +43,8 @@ def main() -> None:
     write_run(arguments, STAGE, "running")
 
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
-    encoder = BiEncoder.from_pretrained(
-        arguments.model_name_or_path, arguments.pooling, arguments.max_length, arguments.dropout
-    )
-    rows = SentencePairs(labels, encoder.tokenizer, encoder.max_length)
+    encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), arguments.dropout)
+    rows = SentencePairs(labels, encoder, arguments.max_length)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         first, second = model(**batch["inputs"]).chunk(2)

@@ -22,11 +22,12 @@ from transencoder.data.paper import check_setting
 from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
-from transencoder.model_files import check_encoders, inspect_encoder
+from transencoder.inference import Inference
+from transencoder.model_files import check_encoders, inspect_encoder, model_options
 from transencoder.runtime.accelerator import log, start, start_trackers
 from transencoder.runtime.files import write_json, write_text
 from transencoder.runtime.records import claim, write_run
-from transencoder.scoring import Teachers, score_with
+from transencoder.scoring import Teachers
 
 
 @one_line_errors
@@ -37,17 +38,16 @@ def main() -> None:
         return log(f"{output / 'results.json'} is complete already")
     accelerator = start(arguments)
 
-    check_encoders(arguments.encoders, arguments.pooling)
+    options = model_options(arguments)
+    check_encoders(arguments.encoders, options)
     if arguments.paper:
         check_setting(arguments.paper, "--paper")
     tasks = [load_task(spec, arguments.data_dir, arguments.columns) for spec in expand_groups(arguments.tasks)]
     write_run(arguments, STAGE, "running")
 
     sets = [task.pairs for task in tasks]
-    scores = [
-        score_with(Teachers([name], pooling=arguments.pooling), sets, accelerator, arguments.eval_batch_tokens)
-        for name in arguments.encoders
-    ]
+    inference = Inference(accelerator, arguments.eval_batch_tokens)
+    scores = [Teachers([name], options=options).score(sets, inference) for name in arguments.encoders]
     kinds = [inspect_encoder(name) for name in arguments.encoders]
     results = []
     for group in encoder_groups(kinds, arguments.ensemble, arguments.with_ensembles):

@@ -20,9 +20,9 @@ answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import read_sentence_pool
+from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
-from transencoder.labels import check_output, scores_are_there
-from transencoder.model_files import check_bi_encoders
+from transencoder.model_files import check_bi_encoder, model_options
 from transencoder.runtime.accelerator import log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pairs
@@ -31,14 +31,15 @@ from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pa
 @one_line_errors
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
-    output, facts = Path(arguments.output), identity(arguments)
+    output, metadata = Path(arguments.output), identity(arguments)
     sources = parse_mix(arguments.mix)
     check_output(output)
-    if not arguments.overwrite and scores_are_there(output, facts, "pairs"):
+    if not arguments.overwrite and is_made(output, metadata, "pairs"):
         return log(f"{output} is complete already")
     accelerator = start(arguments)
 
-    check_bi_encoders(arguments.encoders, arguments.pooling)
+    for name in arguments.encoders:
+        check_bi_encoder(name, model_options(arguments))
     first = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
     second = first
     if arguments.sentences_b:
@@ -47,7 +48,7 @@ def main() -> None:
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
     log(f"{len(first)} sentences{'' if sides.single else f' and {len(second)}'}, {sum(wanted)} pairs wanted")
 
-    mine_to_file(arguments, sides, accelerator, facts)
+    mine_to_file(arguments, sides, accelerator, metadata)
     log_next(f"score_pairs.py --encoders DIR --pairs {shlex.quote(arguments.output)} --output FILE.parquet")
     accelerator.end_training()
 

@@ -19,10 +19,10 @@ from transencoder.batches import DropoutViews, MaskedViews
 from transencoder.data.pools import read_sentence_pool
 from transencoder.data.tables import sample
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import BiEncoder, MLPHead, add_drophead
+from transencoder.encoders import MLPHead, add_drophead, load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.losses import InfoNCE
-from transencoder.model_files import check_language_model
+from transencoder.model_files import check_language_model, model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.training import begin, count_pieces, finish, train
@@ -43,15 +43,15 @@ def main() -> None:
 
     # Drophead takes the place of dropout (Mirror-BERT, section 3).
     dropout = 0.0 if arguments.drophead and arguments.dropout is None else arguments.dropout
-    encoder = BiEncoder.from_pretrained(arguments.model_name_or_path, arguments.pooling, arguments.max_length, dropout)
+    encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), dropout)
     if arguments.mlp_head:
-        encoder.head = MLPHead(encoder.backbone.config.hidden_size)
+        encoder.head = MLPHead(encoder.width)
     if arguments.drophead:
         add_drophead(encoder, arguments.drophead)
     if arguments.method == "mirror":
-        rows = MaskedViews(sentences, encoder.tokenizer, encoder.max_length, arguments.mask_characters, arguments.seed)
+        rows = MaskedViews(sentences, encoder, arguments.max_length, arguments.mask_characters, arguments.seed)
     else:
-        rows = DropoutViews(sentences, encoder.tokenizer, encoder.max_length)
+        rows = DropoutViews(sentences, encoder, arguments.max_length)
 
     facts = train(accelerator, encoder, rows, InfoNCE(arguments.temperature), arguments, dev)
     finish(accelerator, arguments, STAGE, facts)

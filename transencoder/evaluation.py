@@ -13,10 +13,11 @@ from torch import nn
 
 from transencoder.data.paper import published_values, row_of
 from transencoder.data.tasks import Task, title
+from transencoder.inference import Inference
 from transencoder.model_files import inspect_encoder
 from transencoder.runtime.records import code_version
 from transencoder.sanity import check_scores
-from transencoder.scoring import PreparedPairs, score_prepared
+from transencoder.scoring import PreparedPairs
 
 FEATURES = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
 CITATION = "Virtanen et al., SciPy 1.0, Nature Methods 17 (2020)"
@@ -94,13 +95,13 @@ class DevSet:
     """The dev pairs, tokenised once for the encoder that is being trained."""
 
     def __init__(self, task: Task, encoder: Any, accelerator: Accelerator, batch_tokens: int | None):
-        self.task, self.accelerator, self.batch_tokens = task, accelerator, batch_tokens
+        self.task, self.inference = task, Inference(accelerator, batch_tokens)
         self.metric = primary_metric(task)
         self.prepared = PreparedPairs(encoder, task.pairs)
 
     def score(self, model: nn.Module) -> float | None:
         """Spearman or AUC x 100 of `model` as it is now; None if it gives every pair the same score."""
-        scores = score_prepared(model, self.prepared, self.accelerator, self.batch_tokens, "Dev")
+        scores = self.prepared.score(model, self.inference, "Dev")
         check_scores(f"{self.task.title}: the model", scores)
         return measure(self.task, scores)[self.metric]
 

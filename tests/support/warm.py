@@ -150,6 +150,7 @@ def import_all() -> None:
     import conftest  # noqa: F401
     import faiss  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
+    import sentence_transformers  # noqa: F401
     import torch.distributed.run  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 

@@ -10,6 +10,21 @@ def option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help, **kwargs}, kw_only=True)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """An entry of a registry.
+
+    Args:
+        function: what does it.
+        help: for --help.
+        card: for model cards.
+    """
+
+    function: Any
+    help: str
+    card: str = ""
+
+
 def is_text(word: str) -> bool:
     """Whether it can be written as UTF-8, and be a file's name."""
     return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)

@@ -14,11 +14,11 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 import transencoder
 from transencoder.config.options import HubTarget
 from transencoder.data.paper import published
+from transencoder.data.scores import read_metadata
 from transencoder.data.tables import is_hub_id
 from transencoder.data.tasks import TASKS, title
 from transencoder.evaluation import PRIMARY, markdown_table, origin, shown_value
-from transencoder.labels import read_facts
-from transencoder.model_files import Kind, read_pooling
+from transencoder.model_files import Kind, plain_pooling
 from transencoder.runtime.records import RUN_FILE
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -102,7 +102,7 @@ def render_card(facts: CardFacts, target: HubTarget) -> str:
         kind=facts.kind,
         title=facts.name,
         base=data.base_model or Path(facts.base).name,
-        pooling=read_pooling(str(facts.model)) if facts.kind == "bi" else None,
+        pooling=plain_pooling(str(facts.model)) if facts.kind == "bi" else None,
         max_length=tokenizer["model_max_length"],
         results_table=results_table(facts),
         note=facts.note,
@@ -278,7 +278,7 @@ def label_facts(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return {"rows": 0, "encoders": arguments.get("teachers") or []}
-    return {**read_facts(path), "rows": pq.read_metadata(path).num_rows}
+    return {**read_metadata(path), "rows": pq.read_metadata(path).num_rows}
 
 
 def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from transencoder.encoders import BiEncoder, CrossEncoder, accepted_inputs
+from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.model_files import Kind
 from transencoder.runtime.files import write_folder
@@ -52,8 +52,8 @@ class Exported(nn.Module):
 
 def tokens_of(encoder: BiEncoder | CrossEncoder, texts: list) -> dict[str, torch.Tensor]:
     """Sentences, or pairs of them, as the encoder's inputs: int64 [n, longest]."""
-    batch = encoder.tokenizer(texts, padding=True, truncation=True, max_length=encoder.max_length, return_tensors="pt")
-    return accepted_inputs(encoder.backbone, dict(batch))
+    columns = zip(*texts, strict=True) if encoder.kind == "cross" else [texts]
+    return encoder.preprocessor().batch(*map(list, columns))
 
 
 def export_onnx(encoder: BiEncoder | CrossEncoder, folder: Path) -> float:
@@ -86,7 +86,6 @@ def export_onnx(encoder: BiEncoder | CrossEncoder, folder: Path) -> float:
     def write(temporary: Path) -> None:
         nonlocal difference
         program.save(str(temporary / ONNX_FILE))
-        encoder.tokenizer.model_max_length = encoder.max_length
         encoder.tokenizer.save_pretrained(temporary)
         difference = greatest_difference(encoder, temporary / ONNX_FILE)
         if not difference <= TOLERANCE:

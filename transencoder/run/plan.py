@@ -16,7 +16,7 @@ from transencoder.data.paper import check_setting
 from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.data.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title
 from transencoder.errors import InputError, storage_error
-from transencoder.model_files import check_bi_encoder, check_language_model
+from transencoder.model_files import check_bi_encoder, check_language_model, model_options
 from transencoder.runtime.accelerator import trackers
 from transencoder.runtime.files import write_text
 from transencoder.runtime.records import difference
@@ -212,11 +212,11 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
 def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
     labelling = _labelling(plan, recipe_path)
-    columns, pooling = labelling.columns, labelling.pooling
+    columns, options = labelling.columns, model_options(labelling)
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
-            check_bi_encoder(student.bi_encoder, pooling)
+            check_bi_encoder(student.bi_encoder, options)
         else:
             check_language_model(student.plm)
     pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)

@@ -15,7 +15,9 @@ from transencoder.runtime.locks import remove_abandoned
 
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (
-    "1_Pooling",
+    "[0-9]*_*",
+    "*.model",
+    "chat_template*",
     "config*.json",
     "model*.safetensors*",
     "modules.json",

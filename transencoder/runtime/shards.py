@@ -20,7 +20,7 @@ from transencoder.runtime.locks import lock, unlock
 FACTS_FILE = "facts.json"
 
 
-class Parts:
+class Shards:
     """A folder of parts; those of another scoring are thrown away. The first process has the output's lock meanwhile.
 
     Args:
@@ -80,7 +80,7 @@ class Parts:
         return self.folder / f"{name}.part-{number}.npy"
 
 
-def remove_parts(output: Path) -> None:
+def remove_shards(output: Path) -> None:
     """Delete the parts of an output that is whole."""
     shutil.rmtree(_folder(output), ignore_errors=True)
 

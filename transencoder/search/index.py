@@ -5,6 +5,7 @@ INDEX/sentences.arrow    the sentences, in the same order
 INDEX/index.json         which model made it
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,26 +16,33 @@ import datasets
 import faiss
 import numpy as np
 import pyarrow as pa
-from accelerate import Accelerator
 from pyarrow import feather
 
 from transencoder.config.tools import SearchArguments
 from transencoder.data.tables import without_repeats
-from transencoder.embeddings import TEXTS_AT_ONCE, embed, run_on_texts, score_texts
+from transencoder.embeddings import embed, embed_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
+from transencoder.inference import TEXTS_AT_ONCE, Inference
+from transencoder.model_files import ModelOptions, model_options, prompts_of
 from transencoder.runtime.files import read_json, write_folder, write_json
 from transencoder.runtime.records import model_identity
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.shards import Shards
+from transencoder.scoring import score_texts
 from transencoder.search import neighbours
-from transencoder.search.neighbours import empty_clusters
+from transencoder.search.neighbours import METRICS, empty_clusters, exact_index
 
 INDEX_FILE, SENTENCES_FILE, FACTS_FILE = "index.faiss", "sentences.arrow", "index.json"
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One result. `score`: the cosine; `rerank`: the cross-encoder's mean score of both orders, where there is one."""
+    """A result.
+
+    Args:
+        score: the bi-encoder's.
+        rerank: the cross-encoder's mean score of both orders, where there is one.
+    """
 
     sentence: str
     score: float
@@ -61,12 +69,20 @@ class SentenceIndex:
         return self.sentences["sentence"].take(pa.array(rows)).to_pylist()
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines (float32) and rows (int64) of the `k` nearest sentences, nearest first: each [queries, k]."""
-        return self.vectors.search(np.ascontiguousarray(queries), k)
+        """Return similarities (float32) and rows (int64) of the `k` nearest sentences: [queries, k], nearest first."""
+        found, rows = self.vectors.search(np.ascontiguousarray(queries), k)
+        if self.vectors.metric_type == faiss.METRIC_L2:
+            found = -np.sqrt(np.maximum(found, 0))
+        return found, rows
 
 
-def check_index(folder: Path, bi_encoder: str, pooling: str | None) -> dict[str, Any] | None:
-    """What index.json says; None where there is no index yet.
+def index_metadata(bi_encoder: str, options: ModelOptions) -> dict[str, Any]:
+    """Return what the vectors of an index depend on, beside its sentences."""
+    return {"model": model_identity(bi_encoder, options.pooling), "prompts": list(prompts_of(bi_encoder, options))}
+
+
+def check_index(folder: Path, bi_encoder: str, options: ModelOptions) -> dict[str, Any] | None:
+    """Return what index.json says; None where there is no index yet.
 
     Raises:
         InputError: foreign files, a damaged index, or one that another model made.
@@ -75,13 +91,25 @@ def check_index(folder: Path, bi_encoder: str, pooling: str | None) -> dict[str,
         return None
     try:
         facts = read_json(folder / FACTS_FILE)
-        made_by, size = facts["model"], facts["sentences"]
+        made_by, size = {"model": facts["model"], "prompts": facts["prompts"]}, facts["sentences"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--index {folder}: not an index that search.py made; choose another folder") from error
-    if made_by != model_identity(bi_encoder, pooling):
+    now = index_metadata(bi_encoder, options)
+    if made_by["model"] != now["model"]:
         name = facts.get("name", "another model")
         raise InputError(f"--index {folder}: made with {name}, not with {bi_encoder}; make one in another folder")
+    if made_by != now:
+        prompts = made_by["prompts"]
+        raise InputError(
+            f"--index {folder}: made with the prompts {prompts}; give the same, or make one in another folder"
+        )
     return {"sentences": size}
+
+
+def check_searchable(encoder: BiEncoder) -> None:
+    """Raise `InputError` for a bi-encoder whose similarity no index finds."""
+    if encoder.similarity not in METRICS:
+        raise InputError(f"{encoder.name}: compares by {encoder.similarity}; an index has {', '.join(METRICS)}")
 
 
 def load_index(folder: Path) -> SentenceIndex:
@@ -106,21 +134,21 @@ def add_sentences(
     folder: Path,
     found: SentenceIndex | None,
     sentences: datasets.Dataset,
+    encoder: BiEncoder,
     arguments: SearchArguments,
-    accelerator: Accelerator,
+    inference: Inference,
 ) -> SentenceIndex:
     """Encode sentences and write the index with them; whoever opens the folder meets the old one or the new one."""
-    bi_encoder, pooling = arguments.bi_encoder, arguments.pooling
-    facts = {"model": model_identity(bi_encoder, pooling), "name": bi_encoder}
-    parts = Parts(folder, {**facts, "added": len(sentences)}, arguments.shard_rows, accelerator)
-    path = parts.folder / "added.vec"
-    added = embed([bi_encoder], sentences, path, accelerator, arguments.eval_batch_tokens, parts, pooling)
+    facts = {**index_metadata(arguments.bi_encoder, model_options(arguments)), "name": arguments.bi_encoder}
+    shards = Shards(folder, {**facts, "added": len(sentences)}, arguments.shard_rows, inference.accelerator)
+    inference = dataclasses.replace(inference, shards=shards)
+    added = embed([encoder], [sentences], shards.folder / "added.vec", inference, first_side=1)
     tables = [pa.table({"sentence": pa.chunked_array(_texts(sentences))})]
     if found is not None:
         tables.insert(0, found.sentences.cast(tables[0].schema))
     table = pa.concat_tables(tables)
     before = faiss.read_index(str(folder / INDEX_FILE)) if found else None  # what is memory-mapped cannot grow
-    index = grown(before, added, arguments.seed)
+    index = grown(before, added, encoder.similarity, arguments.seed)
 
     def write(temporary: Path) -> None:
         faiss.write_index(index, str(temporary / INDEX_FILE))
@@ -129,7 +157,7 @@ def add_sentences(
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_folder(folder, write)
-    parts.remove()
+    shards.remove()
     return load_index(folder)
 
 
@@ -139,9 +167,9 @@ def _texts(sentences: datasets.Dataset) -> Iterator[pa.Array]:
 
 
 def index_in_memory(
-    sentences: list[str], encoder: BiEncoder, accelerator: Accelerator, seed: int, track: Callable = iter
+    sentences: list[str], encoder: BiEncoder, inference: Inference, seed: int, track: Callable = iter
 ) -> SentenceIndex:
-    """An index that is never written: for sentences that are searched once and forgotten.
+    """Return an index that is never written: for sentences that are searched once and forgotten.
 
     Args:
         sentences: distinct.
@@ -150,29 +178,29 @@ def index_in_memory(
     order = np.argsort([len(sentence) for sentence in sentences], kind="stable")  # so that little is padding
     vectors: np.ndarray | None = None
     for rows in track(np.split(order, range(TEXTS_AT_ONCE, len(order), TEXTS_AT_ONCE))):
-        encoded = run_on_texts(encoder, [sentences[row] for row in rows], accelerator=accelerator)
+        encoded = embed_texts(encoder, [sentences[row] for row in rows], inference, side=1)
         vectors = np.empty((len(sentences), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
         vectors[rows] = encoded
-    return SentenceIndex(grown(None, vectors, seed), pa.table({"sentence": sentences}))
+    return SentenceIndex(grown(None, vectors, encoder.similarity, seed), pa.table({"sentence": sentences}))
 
 
-def grown(index: faiss.Index | None, vectors: np.ndarray, seed: int) -> faiss.Index:
-    """An index with more rows: exact as long as it is small, then in clusters.
+def grown(index: faiss.Index | None, vectors: np.ndarray, similarity: str, seed: int) -> faiss.Index:
+    """Return an index with more rows: exact as long as it is small, then in clusters.
 
     Args:
         index: the one before, if any; it may be changed.
-        vectors: float32 [rows, d], of unit length, what is added.
+        vectors: float32 [rows, d], `comparable`, what is added.
     """
     before = index.ntotal if index else 0
     if before + len(vectors) <= neighbours.EXACT_ROWS:
-        larger = faiss.IndexFlatIP(vectors.shape[1])
+        larger = exact_index(vectors.shape[1], similarity)
         if index:
             larger.add(index.reconstruct_n(0, before))
     elif before > neighbours.EXACT_ROWS:
         larger = index
     else:
         vectors = np.concatenate([index.reconstruct_n(0, before), vectors]) if before else vectors
-        larger = empty_clusters(vectors, seed)
+        larger = empty_clusters(vectors, seed, similarity)
     for start in range(0, len(vectors), neighbours.ROWS_AT_ONCE):
         larger.add(np.ascontiguousarray(vectors[start : start + neighbours.ROWS_AT_ONCE]))
     return larger
@@ -185,7 +213,7 @@ class Searcher:
     index: SentenceIndex
     bi_encoder: BiEncoder
     cross_encoder: CrossEncoder | None
-    accelerator: Accelerator
+    inference: Inference
     candidates: int
 
     def search(self, query: str, top_k: int) -> tuple[list[Hit], list[Hit], dict[str, float]]:
@@ -195,19 +223,21 @@ class Searcher:
             As re-ranked; as retrieved (the same without a cross-encoder); milliseconds of retrieving and re-ranking.
         """
         started = time.perf_counter()
-        vector = run_on_texts(self.bi_encoder, [query], accelerator=self.accelerator)
+        vector = embed_texts(self.bi_encoder, [query], self.inference)
         k = min(self.candidates if self.cross_encoder else top_k, len(self.index))
-        cosines, rows = self.index.nearest(vector, k)
+        similarities, rows = self.index.nearest(vector, k)
         there = rows[0] >= 0
         texts = self.index.texts(rows[0][there])
-        retrieved = [Hit(text, float(cosine)) for text, cosine in zip(texts, cosines[0][there], strict=True)]
+        retrieved = [Hit(text, float(score)) for text, score in zip(texts, similarities[0][there], strict=True)]
         milliseconds = {"retrieve_ms": 1000 * (time.perf_counter() - started)}
         if not self.cross_encoder:
             return retrieved, retrieved, milliseconds
         started = time.perf_counter()
-        scores = score_texts(self.cross_encoder, [query] * len(texts), texts, self.accelerator)
-        # The mean of both encoders, which are on one scale, is better than either: an ensemble.
-        order = np.argsort(-(scores + cosines[0][there]), kind="stable")[:top_k]
+        scores = score_texts(self.cross_encoder, [query] * len(texts), texts, self.inference)
+        # The mean of both encoders is better than either, an ensemble; but it takes scores that are on one scale.
+        on_one_scale = self.bi_encoder.similarity == "cosine" and self.cross_encoder.is_bounded
+        by = scores + similarities[0][there] if on_one_scale else scores
+        order = np.argsort(-by, kind="stable")[:top_k]
         reranked = [Hit(retrieved[i].sentence, retrieved[i].score, float(scores[i])) for i in order]
         milliseconds["rerank_ms"] = 1000 * (time.perf_counter() - started)
         return reranked, retrieved[:top_k], milliseconds

@@ -16,13 +16,15 @@ import pyarrow as pa
 from accelerate import Accelerator
 
 from transencoder.config.arguments import DEFAULT_MIX, MiningArguments
+from transencoder.data.scores import write_tables
 from transencoder.data.tables import PAIRS
 from transencoder.embeddings import embed
 from transencoder.errors import InputError
-from transencoder.labels import write_tables
+from transencoder.inference import Inference
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, progress_bar
 from transencoder.runtime.files import write_file
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.shards import Shards
 from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index
 
 PAIRS_PER_SENTENCE = 4  # unless the number of pairs is given
@@ -159,11 +161,11 @@ class Miner:
         sources: list[Source],
         wanted: list[int],
         seed: int,
-        parts: Parts,
+        shards: Shards,
         accelerator: Accelerator,
     ):
         self.sides, self.vectors, self.sources, self.wanted = sides, vectors, sources, wanted
-        self.seed, self.parts, self.accelerator = seed, parts, accelerator
+        self.seed, self.shards, self.accelerator = seed, shards, accelerator
 
     def mine(self) -> tuple[np.ndarray, np.ndarray]:
         """Keys (int64, ascending) and source numbers (int8) of the pairs that were found."""
@@ -192,7 +194,7 @@ class Miner:
 
     def _nearest_blocks(self, numbers: list[int]) -> None:
         """Draw from the neighbours by vectors, for all such sources at once."""
-        index = vector_index(self.vectors[1], self.parts.folder, self.seed)
+        index = vector_index(self.vectors[1], self.shards.folder, self.seed)
         blocks = [
             np.arange(at, min(at + QUERIES, len(self.sides.first))) for at in range(0, len(self.sides.first), QUERIES)
         ]
@@ -234,7 +236,7 @@ class Miner:
         for place, rows in enumerate(blocks):
             bar.update()
             names = {number: f"drawn-{number}-{share}" for number in numbers}
-            if all(self.parts.load(name, place, len(rows)) is not None for name in names.values()):
+            if all(self.shards.load(name, place, len(rows)) is not None for name in names.values()):
                 continue
             counts = {
                 number: self._counts(number, len(rows), share * len(self.sides.first) + place) for number in numbers
@@ -247,7 +249,7 @@ class Miner:
             for number, name in names.items():
                 rng = self._rng(number, "draw", share * len(self.sides.first) + place)
                 drawn = draw(ranked, self.sources[number], counts[number], rng)
-                self.parts.save(name, place, np.column_stack([rows, drawn]))
+                self.shards.save(name, place, np.column_stack([rows, drawn]))
         bar.close()
 
     def _counts(self, number: int, rows: int, block: int) -> np.ndarray:
@@ -258,7 +260,7 @@ class Miner:
     def _drawn_keys(self, number: int) -> np.ndarray:
         """Distinct keys of what a source has drawn, ascending; without pairs of a sentence with itself."""
         found = []
-        for path in sorted(self.parts.folder.glob(f"drawn-{number}-*.npy")):
+        for path in sorted(self.shards.folder.glob(f"drawn-{number}-*.npy")):
             block = np.load(path)
             rows, neighbours = np.broadcast_arrays(block[:, :1], block[:, 1:])
             there = neighbours >= 0
@@ -335,7 +337,7 @@ def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.T
         yield pa.table(columns, names=[*PAIRS, "source", "similarity"]).filter(pa.array(different))
 
 
-def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelerator, facts: dict) -> None:
+def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelerator, metadata: dict) -> None:
     """Mine, and write the pairs and the picture from the first process; all processes encode.
 
     Raises:
@@ -345,15 +347,16 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     sources = parse_mix(arguments.mix)
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
     looked_for = [arguments.spread * number for number in wanted]
-    parts = Parts(output, facts, arguments.shard_rows, accelerator)
-    encoders, batch_tokens, pooling = arguments.encoders, arguments.eval_batch_tokens, arguments.pooling
+    shards = Shards(output, metadata, arguments.shard_rows, accelerator)
+    inference = Inference(accelerator, arguments.eval_batch_tokens, shards)
+    encoders = [inference.load(name, model_options(arguments)) for name in arguments.encoders]
     vectors = [
-        embed(encoders, table, parts.folder / f"vectors-{place}.vec", accelerator, batch_tokens, parts, pooling)
-        for place, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
+        embed(encoders, [table], shards.folder / f"vectors-{side}.vec", inference, first_side=side)
+        for side, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
     ]
     if not accelerator.is_main_process:
         return  # it has nothing more to do, and the others' search may take long
-    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, parts, accelerator)
+    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, shards, accelerator)
     counts = np.zeros((len(sources), len(BINS) - 1), dtype=np.int64)
 
     def blocks_and_picture() -> Iterator[pa.Table]:
@@ -361,8 +364,8 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
         # The pairs, whose appearance says that all is done, come last.
         plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
 
-    rows = write_tables(output, blocks_and_picture(), facts)
-    parts.remove()
+    rows = write_tables(output, blocks_and_picture(), metadata)
+    shards.remove()
     log(f"{output}: {rows} pairs")
 
 

@@ -13,6 +13,8 @@ MOST_CLUSTERS = 8192
 CLUSTERS_SEARCHED = 32
 SAMPLES_PER_CLUSTER = 40  # FAISS warns below 39
 WORDS = r"(?u)\b\w+\b"
+# What finds the most similar vectors, by the similarity of a bi-encoder. FAISS has no index of Manhattan distances.
+METRICS = {"cosine": faiss.METRIC_INNER_PRODUCT, "dot": faiss.METRIC_INNER_PRODUCT, "euclidean": faiss.METRIC_L2}
 
 
 class LexicalIndex:
@@ -45,21 +47,27 @@ def _words(sentences: list[str]) -> list[list[str]]:
     return bm25s.tokenize(sentences, token_pattern=WORDS, stopwords=None, return_ids=False, show_progress=False)
 
 
-def vector_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Index:
-    """An index by inner product: exact up to `EXACT_ROWS`, else of clusters, in `folder`, of which some are searched.
+def vector_index(vectors: np.ndarray, folder: Path, seed: int, similarity: str = "cosine") -> faiss.Index:
+    """Return an index, exact up to `EXACT_ROWS`, else of clusters in `folder`, of which some are searched.
 
     Args:
-        vectors: float32 [rows, d], of unit length; may be memory-mapped.
+        vectors: float32 [rows, d], as `embeddings.comparable` gives them; may be memory-mapped.
+        similarity: a key of `METRICS`.
         folder: for the clusters' files, which must stay while the index is used. Memory does not grow with the rows.
     """
     if len(vectors) > EXACT_ROWS:
-        return _clustered_index(vectors, folder, seed)
-    index = faiss.IndexFlatIP(vectors.shape[1])
+        return _clustered_index(vectors, folder, seed, similarity)
+    index = exact_index(vectors.shape[1], similarity)
     index.add(np.ascontiguousarray(vectors))
     return index
 
 
-def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
+def exact_index(width: int, similarity: str) -> faiss.Index:
+    """Return an index without any rows that compares every vector, of `width` dimensions."""
+    return faiss.IndexFlat(width, METRICS[similarity])
+
+
+def empty_clusters(vectors: np.ndarray, seed: int, similarity: str) -> faiss.IndexIVF:
     """A trained index without any rows: a byte for each dimension of a vector, clusters drawn from a sample.
 
     Args:
@@ -67,7 +75,7 @@ def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
     """
     rows = len(vectors)
     clusters = max(1, min(int(4 * rows**0.5), MOST_CLUSTERS, rows // SAMPLES_PER_CLUSTER))
-    index = faiss.index_factory(vectors.shape[1], f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(vectors.shape[1], f"IVF{clusters},SQ8", METRICS[similarity])
     index.cp.seed = seed % 2**31
     chosen = np.random.default_rng(seed).choice(rows, min(rows, clusters * SAMPLES_PER_CLUSTER), replace=False)
     index.train(np.ascontiguousarray(vectors[np.sort(chosen)]))
@@ -75,9 +83,9 @@ def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
     return index
 
 
-def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.IndexIVF:
+def _clustered_index(vectors: np.ndarray, folder: Path, seed: int, similarity: str) -> faiss.IndexIVF:
     """The clusters of all vectors, memory-mapped: built block by block, and merged on disk."""
-    index = empty_clusters(vectors, seed)
+    index = empty_clusters(vectors, seed, similarity)
     trained = str(folder / "trained.faiss")
     faiss.write_index(index, trained)
     blocks = []
