@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import datasets
 
 from transencoder.config.tools import DuplicatesArguments, parse_tool
-from transencoder.data.tables import PAIRS, read_sentences
+from transencoder.data.tables import PAIRS, SENTENCES, read_sentences
+from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError, one_line_errors
 from transencoder.inference import Inference
@@ -51,7 +52,8 @@ def main() -> None:
     encoder = inference.load(arguments.bi_encoder, options)
     check_searchable(encoder)
     kept = dataclasses.replace(inference, shards=shards)
-    vectors = embed([encoder], [sentences], shards.folder / "sentences.vec", kept)
+    tokens = tokenize(sentences, SENTENCES, encoder.preprocessor())
+    vectors = embed([(encoder, [tokens])], shards.folder / "sentences.vec", kept)
     index = vector_index(vectors, shards.folder, arguments.seed, encoder.similarity)
     rows = candidate_pairs(index, vectors, arguments.neighbours)
     pairs = datasets.Dataset.from_dict({name: sentences[rows[:, i]]["sentence"] for i, name in enumerate(PAIRS)})

@@ -4,11 +4,10 @@ import contextlib
 import os
 from pathlib import Path
 
-import datasets
 import numpy as np
 
-from transencoder.data.tables import MAPPED_BYTES, RANDOM_ROWS, SENTENCES, release_pages
-from transencoder.data.tokens import tokenize
+from transencoder.data.tables import MAPPED_BYTES, RANDOM_ROWS, release_pages
+from transencoder.data.tokens import TokenRows
 from transencoder.encoders import BiEncoder
 from transencoder.errors import writing
 from transencoder.inference import Inference
@@ -16,38 +15,32 @@ from transencoder.inference import Inference
 SIMILARITY_ROWS = RANDOM_ROWS // 2  # pairs whose vectors are gathered at a time
 
 
-def embed(
-    encoders: list[BiEncoder], sides: list[datasets.Dataset], path: Path, inference: Inference, first_side: int = 0
-) -> np.ndarray:
+def embed(sources: list[tuple[BiEncoder, list[TokenRows]]], path: Path, inference: Inference) -> np.ndarray:
     """Encode sentences into a file in NumPy's format, which the first process writes.
 
     Args:
-        encoders: with several, the inner product of two vectors is the mean of their cosines.
-        sides: sets of sentences (column sentence), one behind the other; a second one is encoded with the prompt of a
-            pair's second sentence.
+        sources: bi-encoders, each with the tokens of the same sentences, in one or several parts. With several
+            encoders, the inner product of two vectors is the mean of their cosines.
         inference: with shards; the stem of `path` tells its files from those of other sentences.
-        first_side: 1 where the first set, too, is of second sentences.
     Returns:
         float32 [sentences, d], memory-mapped, d being the sum of the encoders' widths; see `comparable`.
     """
     accelerator, target, column = inference.accelerator, None, 0
     if accelerator.is_main_process:
-        shape = (sum(map(len, sides)), sum(encoder.width for encoder in encoders))
+        shape = (sum(map(len, sources[0][1])), sum(encoder.width for encoder, _ in sources))
         target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         # A write to mapped memory that the disk has no room for would end the process without a word.
         with contextlib.suppress(OSError), writing(path), path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    for number, encoder in enumerate(encoders):
-        row = 0
-        for side, sentences in enumerate(sides, start=first_side):
-            tokens = tokenize(sentences, SENTENCES, encoder.preprocessor(side))
-            name = f"{path.stem}-{number}-{side}"
+    for number, (encoder, parts) in enumerate(sources):
+        row, similarity = 0, "cosine" if len(sources) > 1 else encoder.similarity
+        for part, tokens in enumerate(parts):
+            name = f"{path.stem}-{number}-{part}"
             for shard in inference.by_shard(encoder, tokens, f"Encoding with {encoder.name}", name):
                 for start in range(0, 0 if target is None else len(shard), RANDOM_ROWS):
                     some = shard[start : start + RANDOM_ROWS]  # few enough that copies of them are nothing
                     rows = slice(row + start, row + start + len(some))
-                    vectors = comparable(some, "cosine" if len(encoders) > 1 else encoder.similarity)
-                    target[rows, column : column + encoder.width] = vectors / np.sqrt(len(encoders))
+                    target[rows, column : column + encoder.width] = comparable(some, similarity) / len(sources) ** 0.5
                 row += len(shard)
         column += encoder.width
     if target is not None:

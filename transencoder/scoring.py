@@ -63,32 +63,26 @@ class PreparedPairs:
         model.train(training)
         if self.encoder.kind == "cross":
             return self.encoder.activate(outputs).numpy()
-        vectors = comparable(outputs.numpy(), self.encoder.similarity)
-        return similarities(vectors, self.first, self.second, self.encoder.similarity)
+        return self._compare(comparable(outputs.numpy(), self.encoder.similarity))
 
+    def score_in_shards(self, inference: Inference, title: str, name: str) -> np.ndarray:
+        """Return the same scores, for any number of pairs: all but them lies on disk.
 
-def score_in_shards(
-    encoder: BiEncoder | CrossEncoder, pairs: datasets.Dataset, inference: Inference, name: str, title: str
-) -> np.ndarray:
-    """Return scores as `PreparedPairs.score` does, for any number of pairs: all but them lies on disk.
-
-    Args:
-        inference: with shards, in which what is done is kept under `name`, and a bi-encoder's embeddings.
-    """
-    if encoder.kind == "bi":
-        sides, first, second = sides_of(encoder, pairs)
-        path = inference.shards.folder / f"{name}.vec"
-        scores = similarities(embed([encoder], sides, path, inference), first, second, encoder.similarity)
-        inference.accelerator.wait_for_everyone()
-        if inference.accelerator.is_main_process:
+        Args:
+            inference: with shards, in which what is done is kept under `name`, and a bi-encoder's embeddings.
+        """
+        if self.encoder.kind == "cross":
+            outputs = inference.by_shard(self.encoder, *self.tokens, title, name)
+            return np.concatenate([self.encoder.activate(torch.from_numpy(shard)).numpy() for shard in outputs])
+        path, accelerator = inference.shards.folder / f"{name}.vec", inference.accelerator
+        scores = self._compare(embed([(self.encoder, self.tokens)], path, inference))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
             path.unlink()
         return scores
-    tokens = tokenize(pairs, PAIRS, encoder.preprocessor())
-    scores, row = np.empty(len(pairs), dtype=np.float32), 0
-    for shard in inference.by_shard(encoder, tokens, title, name):
-        scores[row : row + len(shard)] = encoder.activate(torch.from_numpy(shard))
-        row += len(shard)
-    return scores
+
+    def _compare(self, vectors: np.ndarray) -> np.ndarray:
+        return similarities(vectors, self.first, self.second, self.encoder.similarity)
 
 
 @dataclass
@@ -130,10 +124,11 @@ class Teachers:
                 both = self.both_orders and encoder.kind == "cross"
                 orders = [pairs, swapped(pairs)] if both else [pairs]
                 for swap, order in enumerate(orders):
+                    prepared = PreparedPairs(encoder, order)
                     if inference.shards is None:
-                        scores = PreparedPairs(encoder, order).score(encoder, inference, title)
+                        scores = prepared.score(encoder, inference, title)
                     else:
-                        scores = score_in_shards(encoder, order, inference, f"encoder-{number}-{swap}", title)
+                        scores = prepared.score_in_shards(inference, title, f"encoder-{number}-{swap}")
                     check_scores(name, scores)
                     total += share / len(orders) * scores
         if weight := self.lexical_weight:

@@ -19,7 +19,8 @@ import pyarrow as pa
 from pyarrow import feather
 
 from transencoder.config.tools import SearchArguments
-from transencoder.data.tables import without_repeats
+from transencoder.data.tables import SENTENCES, without_repeats
+from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed, embed_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
@@ -142,7 +143,8 @@ def add_sentences(
     facts = {**index_metadata(arguments.bi_encoder, model_options(arguments)), "name": arguments.bi_encoder}
     shards = Shards(folder, {**facts, "added": len(sentences)}, arguments.shard_rows, inference.accelerator)
     inference = dataclasses.replace(inference, shards=shards)
-    added = embed([encoder], [sentences], shards.folder / "added.vec", inference, first_side=1)
+    tokens = tokenize(sentences, SENTENCES, encoder.preprocessor(side=1))
+    added = embed([(encoder, [tokens])], shards.folder / "added.vec", inference)
     tables = [pa.table({"sentence": pa.chunked_array(_texts(sentences))})]
     if found is not None:
         tables.insert(0, found.sentences.cast(tables[0].schema))

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 
 from transencoder.config.arguments import DEFAULT_MIX, MiningArguments
 from transencoder.data.scores import write_tables
-from transencoder.data.tables import PAIRS
+from transencoder.data.tables import PAIRS, SENTENCES
+from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError
 from transencoder.inference import Inference
@@ -351,7 +352,11 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     inference = Inference(accelerator, arguments.eval_batch_tokens, shards)
     encoders = [inference.load(name, model_options(arguments)) for name in arguments.encoders]
     vectors = [
-        embed(encoders, [table], shards.folder / f"vectors-{side}.vec", inference, first_side=side)
+        embed(
+            [(encoder, [tokenize(table, SENTENCES, encoder.preprocessor(side))]) for encoder in encoders],
+            shards.folder / f"vectors-{side}.vec",
+            inference,
+        )
         for side, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
     ]
     if not accelerator.is_main_process:
