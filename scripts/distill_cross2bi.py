@@ -44,6 +44,7 @@ def main() -> None:
 
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), arguments.dropout)
+    encoder.compare_by_cosine()
     rows = SentencePairs(labels, encoder, arguments.max_length)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import WORDS, make_tokenizer
+from conftest import make_tokenizer
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
@@ -299,4 +299,12 @@ def test_what_a_start_says_is_still_said_when_it_is_saved(telling_bert, tmp_path
     encoder.save_pretrained(tmp_path / "student")
     student = SentenceTransformer(str(tmp_path / "student"))
     assert student.max_seq_length == 40 and student.prompts["query"] == "how " and len(student) == 4
-    assert len(WORDS) > 8
+
+
+def test_a_student_compares_by_the_cosine_that_it_was_trained_for(telling_bert, tmp_path, capsys):
+    model = SentenceTransformer(modules=modules_of(telling_bert), similarity_fn_name="dot")
+    encoder = load_bi_encoder(str(save(model, tmp_path / "start")))
+    encoder.compare_by_cosine()
+    assert "compares by dot; what is trained from it compares by cosine" in capsys.readouterr().err
+    encoder.save_pretrained(tmp_path / "student")
+    assert SentenceTransformer(str(tmp_path / "student")).similarity_fn_name == "cosine"

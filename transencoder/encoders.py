@@ -31,6 +31,7 @@ from transencoder.model_files import (
     root_of,
     told_in_one_line,
 )
+from transencoder.runtime.accelerator import log
 from transencoder.runtime.speed import read_first_token_only
 
 # How the token vectors of a plain language model become one: what sentence-transformers' Pooling calls it.
@@ -136,6 +137,12 @@ class BiEncoder(Encoder):
     def width(self) -> int:
         """Dimensions of an embedding."""
         return self.model.truncate_dim or self.model.get_embedding_dimension()
+
+    def compare_by_cosine(self) -> None:
+        """Make the cosine its similarity, as the losses do; a start that says otherwise is told of."""
+        if self.similarity != "cosine":
+            log(f"{self.name} compares by {self.similarity}; what is trained from it compares by cosine, and says so")
+            self.model.similarity_fn_name = "cosine"
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Return embeddings, float32 [n, width], of a padded batch (int64 [n, length]); not normalized by us."""

@@ -59,23 +59,22 @@ class Preprocessor:
         self.pads_left = transformer.transformer_task == "text-generation"
         probe = self._preprocess([("a", "b")] if pairs else ["a"])
         # Token types that are all 0 are what a model takes by itself.
-        typed = "token_type_ids" in probe and bool(probe["token_type_ids"].any())
+        typed = any(probe.get("token_type_ids", [[]])[0])
         self.names = ["input_ids", "token_type_ids"] if typed else ["input_ids"]
         self.prompt_length = probe.get("prompt_length")
 
     def _preprocess(self, texts: list[str] | list[tuple[str, str]]) -> dict[str, Any]:
-        lengths = {"text": {"max_length": self.max_length}}
-        return self.transformer.preprocess(texts, prompt=self.prompt, processing_kwargs=lengths)
+        """Return lists of tokens, without padding."""
+        without_padding = {
+            "text": {"max_length": self.max_length, "padding": False},
+            "common": {"return_tensors": None},
+        }
+        return self.transformer.preprocess(texts, prompt=self.prompt, processing_kwargs=without_padding)
 
     def __call__(self, *columns: list[str]) -> pa.RecordBatch:
         """Return the tokens of texts, or of the pairs of two columns, without padding: the columns `names`."""
         features = self._preprocess(list(zip(*columns, strict=True)) if len(columns) > 1 else list(columns[0]))
-        inside = features["attention_mask"].numpy().astype(bool)
-        offsets = np.concatenate([[0], inside.sum(axis=1)]).cumsum().astype(np.int32)
-        arrays = [
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(features[name].numpy()[inside], TOKEN_TYPES[name]))
-            for name in self.names
-        ]
+        arrays = [pa.array(features[name], pa.list_(TOKEN_TYPES[name])) for name in self.names]
         return pa.record_batch(arrays, names=self.names)
 
     def identity(self) -> list[Any]:
