@@ -14,7 +14,7 @@ from conftest import random_pairs, write_jsonl
 
 from transencoder.data import paper
 from transencoder.data.tasks import TASKS, Task, load_task
-from transencoder.encoders import CrossEncoder
+from transencoder.encoders import load_cross_encoder
 from transencoder.errors import InputError
 from transencoder.evaluation import (
     AUC,
@@ -150,7 +150,7 @@ def entry(
 def test_result_entries_say_what_was_measured_on_what(tiny_bert, tmp_path):
     cross = tmp_path / "cross"
     cross.mkdir()
-    CrossEncoder.from_pretrained(str(tiny_bert)).save_pretrained(cross)
+    load_cross_encoder(str(tiny_bert)).save_pretrained(cross)
     scores = np.array([3.0, 2.0, 1.0])
     names = [str(tiny_bert), str(cross)]
     entries = result_entries(names, make_task(3, "score", "stsb", "dev"), scores)

@@ -12,8 +12,9 @@ from transencoder.config.arguments import LIMITS, POSITIVE, STAGES, ContrastiveA
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options, read_recipe
 from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import InputError, one_line_errors
+from transencoder.model_files import ModelOptions
 from transencoder.run.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
 
 CROSS = ["--model_name_or_path", "bert", "--scores", "s.parquet", "--output_dir", "out"]
@@ -545,7 +546,7 @@ def test_pairs_are_counted_without_repeats(check_student, tmp_path):
 def test_a_ready_bi_encoder_needs_no_batch_of_sentences(check_student, tiny_bert, tmp_path):
     ready = tmp_path / "ready"
     ready.mkdir()
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(ready)
+    load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(ready)
     options = {"bi_encoder": str(ready), "train_contrastive": {"total_batch_size": 10_000}}
     check_student(options, sentences=None)
     with pytest.raises(InputError, match="--sede"):

@@ -8,7 +8,8 @@ import pytest
 from conftest import launch, random_pairs, write_jsonl
 from safetensors.numpy import load_file
 
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
+from transencoder.model_files import ModelOptions
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ def scores(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "bi"
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(folder)
     return folder
 
 

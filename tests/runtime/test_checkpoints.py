@@ -21,7 +21,7 @@ from torch import nn
 from transencoder.errors import InputError
 from transencoder.runtime import checkpoints
 from transencoder.runtime.checkpoints import Checkpoints, check_resumable
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.shards import Shards
 
 STAGES = {
     "contrastive": ["train_contrastive.py", "--method", "mirror", "--pooling", "mean"],
@@ -288,12 +288,12 @@ def test_checkpoints_of_another_engine_are_refused(trained, monkeypatch):
 def test_parts_of_another_scoring_are_thrown_away(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, output, part = Accelerator(cpu=True), tmp_path / "out.parquet", np.ones((3, 2), dtype=np.float32)
-    parts = Parts(output, {"encoders": ["a"]}, 3, accelerator)
+    parts = Shards(output, {"encoders": ["a"]}, 3, accelerator)
     parts.save("encoder-0", 0, part)
-    again = Parts(output, {"encoders": ["a"]}, 3, accelerator)
+    again = Shards(output, {"encoders": ["a"]}, 3, accelerator)
     assert np.array_equal(again.load("encoder-0", 0, 3), part)
     assert again.load("encoder-0", 0, 2) is None and again.load("encoder-0", 1, 3) is None
     for facts, rows in (({"encoders": ["b"]}, 3), ({"encoders": ["a"]}, 4)):
-        assert Parts(output, facts, rows, accelerator).load("encoder-0", 0, 3) is None
+        assert Shards(output, facts, rows, accelerator).load("encoder-0", 0, 3) is None
     parts.remove()
     assert names(tmp_path) == []

@@ -14,11 +14,13 @@ import pytest
 
 import transencoder
 from transencoder.data import tables
+from transencoder.data.scores import check_output, is_made, write_scores
 from transencoder.data.tables import read_pairs
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import InputError
 from transencoder.inference import token_batches
-from transencoder.labels import check_output, read_label_pairs, scores_are_there, write_scores
+from transencoder.labels import read_label_pairs
+from transencoder.model_files import ModelOptions
 from transencoder.runtime.files import place_model, write_folder, write_json
 from transencoder.runtime.records import RUN_FILE, claim, difference, identity, write_run
 
@@ -389,9 +391,9 @@ def test_written_scores_are_read_as_training_pairs(tmp_path):
 
 def test_scores_are_there_when_they_come_from_the_same_facts(tmp_path):
     path = tmp_path / "scores.parquet"
-    assert scores_are_there(path, FACTS) is False
+    assert is_made(path, FACTS) is False
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
-    assert scores_are_there(path, dict(FACTS)) is True
+    assert is_made(path, dict(FACTS)) is True
 
 
 def test_other_scores_are_refused_with_the_difference(tmp_path):
@@ -400,40 +402,40 @@ def test_other_scores_are_refused_with_the_difference(tmp_path):
     with pytest.raises(
         InputError, match=r"--output .*scores\.parquet: holds other scores \(seed is 1 there and 2 here\)"
     ):
-        scores_are_there(path, {**FACTS, "seed": 2})
+        is_made(path, {**FACTS, "seed": 2})
 
 
 def test_files_that_are_not_our_scores_are_refused(tmp_path):
     path = tmp_path / "scores.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(InputError, match="was not written by this tool; add --overwrite"):
-        scores_are_there(path, FACTS)
+        is_made(path, FACTS)
     path.write_text("text")
     with pytest.raises(InputError, match="is not a Parquet file; add --overwrite"):
-        scores_are_there(path, FACTS)
+        is_made(path, FACTS)
     os.unlink(path)
     path.mkdir()
     with pytest.raises(InputError, match=r"--output .*scores\.parquet: must be the name of a \.parquet file"):
-        scores_are_there(path, FACTS)
+        is_made(path, FACTS)
 
 
 def test_the_number_of_processes_is_noted_and_makes_no_other_scores(tmp_path):
     path = tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), {**FACTS, "world_size": 2})
     assert json.loads(pq.read_schema(path).metadata[b"transencoder"])["world_size"] == 2
-    assert scores_are_there(path, FACTS) is True
+    assert is_made(path, FACTS) is True
     with pytest.raises(InputError, match="seed is 1 there and 2 here"):
-        scores_are_there(path, {**FACTS, "seed": 2})
+        is_made(path, {**FACTS, "seed": 2})
 
 
 def test_scores_of_files_that_have_changed_are_refused(tmp_path):
     (tmp_path / "pairs.txt").write_text("a||b\n")
     arguments, path = run_arguments(tmp_path, pairs=[str(tmp_path / "pairs.txt")]), tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), identity(arguments))
-    assert scores_are_there(path, identity(arguments)) is True
+    assert is_made(path, identity(arguments)) is True
     (tmp_path / "pairs.txt").write_text("a||c\n")
     with pytest.raises(InputError, match=r"holds other scores \(.*pairs\.txt has changed since\)"):
-        scores_are_there(path, identity(arguments))
+        is_made(path, identity(arguments))
 
 
 @pytest.mark.parametrize("name", ["scores", "scores.tsv", "scores.parquet.gz", "parquet"])
@@ -441,7 +443,7 @@ def test_scores_go_into_a_parquet_file_only(tmp_path, name):
     with pytest.raises(InputError, match=r"must be the name of a \.parquet file"):
         check_output(tmp_path / name)
     with pytest.raises(InputError, match=r"must be the name of a \.parquet file"):
-        scores_are_there(tmp_path / name, FACTS)
+        is_made(tmp_path / name, FACTS)
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
@@ -454,7 +456,7 @@ def test_an_output_in_a_folder_without_permission_is_refused(tmp_path, monkeypat
     def refuse(**options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("transencoder.labels.tempfile.TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr("transencoder.data.scores.tempfile.TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(InputError, match="cannot be written: Permission denied"):
         check_output(tmp_path / "scores.parquet")
 
@@ -473,7 +475,7 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
             super().write_table(table)
             raise OSError("disk full")
 
-    monkeypatch.setattr("transencoder.labels.pq.ParquetWriter", FullDisk)
+    monkeypatch.setattr("transencoder.data.scores.pq.ParquetWriter", FullDisk)
     with pytest.raises(OSError, match="disk full"):
         write_scores(path, pairs_table(), np.ones(5, dtype=np.float32), FACTS)
     assert names(tmp_path) == ["scores.parquet"]
@@ -481,6 +483,9 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
 
 
 # --- a student's pairs -----------------------------------------------------------------------------------------------
+
+
+SCALES = "as cosines and probabilities are; step 2 takes other scales with --rescale logistic"
 
 
 def label_arguments(**changes: object) -> Namespace:
@@ -494,7 +499,7 @@ def test_scores_that_are_neither_cosines_nor_probabilities_are_refused_with_thei
     path.write_text(f"sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\t{score}\ne\tf\t7\n")
     with pytest.raises(InputError) as caught:
         read_label_pairs(label_arguments(scores=str(path)))
-    assert str(caught.value) == f"{path}: row 2: score {float(score)} is not in [-1, 1]"
+    assert str(caught.value) == f"{path}: row 2: score {float(score)} is not in [-1, 1], {SCALES}"
 
 
 def test_scores_up_to_rounding_are_taken_and_repeats_kept(tmp_path):
@@ -508,7 +513,7 @@ def test_scores_up_to_rounding_are_taken_and_repeats_kept(tmp_path):
 def test_pairs_for_teachers_come_without_repeats_and_scores(tmp_path, tiny_bert):
     folder = tmp_path / "bi"
     folder.mkdir()
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(folder)
     path = tmp_path / "pairs.txt"
     path.write_text("a||b\nc||d\na||b\nb||a\n")
     table = read_label_pairs(label_arguments(teachers=[str(folder)], pairs=[str(path)]))

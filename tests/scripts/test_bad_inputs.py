@@ -36,13 +36,13 @@ from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options, read_recipe
 from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments, parse_tool
+from transencoder.data.scores import read_metadata
 from transencoder.data.tables import read_pairs, read_sentences
 from transencoder.data.tasks import load_task
 from transencoder.encoders import load_encoder
 from transencoder.errors import one_line_errors
 from transencoder.hub.push import recall, stage_repository
-from transencoder.labels import read_facts
-from transencoder.model_files import check_encoders, check_language_model
+from transencoder.model_files import ModelOptions, check_encoders, check_language_model
 from transencoder.run.plan import load_plan, to_shell
 from transencoder.run.summary import read_results
 from transencoder.runtime.accelerator import quiet_libraries
@@ -650,7 +650,7 @@ def test_any_record_in_the_place_of_ours_is_read_or_refused_by_name(place, recor
 def test_any_metadata_of_a_parquet_file_is_read_or_passed_over(place, record):
     path = place / "facts.parquet"
     pq.write_table(pa.table({"score": [0.5]}).replace_schema_metadata({"transencoder": record}), path)
-    assert isinstance(outcome(lambda: read_facts(path), ("facts", record)), dict | None)
+    assert isinstance(outcome(lambda: read_metadata(path), ("facts", record)), dict | None)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -672,8 +672,8 @@ def changed(folder: Path, changes: dict[str, bytes | None]) -> Iterator[Path]:
 
 def use_model(folder: Path) -> str:
     """Check and load an encoder, as a script that scores does."""
-    check_encoders([str(folder)], "mean")
-    return load_encoder(str(folder), "mean").kind
+    check_encoders([str(folder)], ModelOptions("mean"))
+    return load_encoder(str(folder), ModelOptions("mean")).kind
 
 
 CONFIG_KEYS = ["model_type", "architectures", "id2label", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -754,7 +754,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_file_and_name(cross_enco
         name = sorted(weights)[3]
         weights[name].view(-1)[-1] = value
         save_file(weights, model / "model.safetensors", {"format": "pt"})
-        result = outcome(lambda: check_encoders([str(model)], None), ("not finite", value, dtype))
+        result = outcome(lambda: check_encoders([str(model)]), ("not finite", value, dtype))
         assert f"{model / 'model.safetensors'}: {name} holds values that are not finite" in result
 
 

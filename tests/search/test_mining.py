@@ -11,7 +11,7 @@ from conftest import launch, random_sentences, save_telling_encoders
 from transencoder.config.parsing import parse_stage
 from transencoder.data.tables import read_pairs
 from transencoder.errors import InputError
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.shards import Shards
 from transencoder.search import mining
 from transencoder.search.mining import (
     Miner,
@@ -136,7 +136,7 @@ def circle(count):
 
 
 def mine(folder, accelerator, sides, vectors, mix, wanted, seed=3):
-    parts = Parts(folder / "pairs.parquet", {"seed": seed}, 10, accelerator)
+    parts = Shards(folder / "pairs.parquet", {"seed": seed}, 10, accelerator)
     return Miner(sides, vectors, parse_mix(mix), wanted, seed, parts, accelerator)
 
 
