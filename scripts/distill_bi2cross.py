@@ -25,7 +25,7 @@ from transencoder.encoders import load_cross_encoder
 from transencoder.errors import one_line_errors
 from transencoder.labels import order_matters, pseudo_labels, read_label_pairs
 from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
-from transencoder.model_files import check_cross_encoder, check_language_model
+from transencoder.model_checks import check_cross_encoder, check_language_model
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows

@@ -23,7 +23,8 @@ from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.labels import pseudo_labels, read_label_pairs
 from transencoder.losses import BI_LOSSES
-from transencoder.model_files import check_bi_encoder, model_options
+from transencoder.model_checks import check_bi_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows

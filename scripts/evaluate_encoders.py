@@ -23,7 +23,8 @@ from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
 from transencoder.inference import Inference
-from transencoder.model_files import check_encoders, inspect_encoder, model_options
+from transencoder.model_checks import check_encoders, inspect_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start, start_trackers
 from transencoder.runtime.files import write_json, write_text
 from transencoder.runtime.records import claim, write_run

@@ -17,7 +17,8 @@ from transencoder.config.parsing import StageParser
 from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.hub.export import ONNX_FILE, check_packages, export_onnx
-from transencoder.model_files import ModelOptions, check_encoders
+from transencoder.model_checks import check_encoders
+from transencoder.model_files import ModelOptions
 from transencoder.runtime.accelerator import log, quiet_libraries
 
 

@@ -21,7 +21,8 @@ from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError, one_line_errors
 from transencoder.inference import Inference
-from transencoder.model_files import check_bi_encoder, check_cross_encoder, model_options
+from transencoder.model_checks import check_bi_encoder, check_cross_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
 from transencoder.runtime.shards import Shards

@@ -22,7 +22,8 @@ from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import read_sentence_pool
 from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
-from transencoder.model_files import check_bi_encoder, model_options
+from transencoder.model_checks import check_bi_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pairs

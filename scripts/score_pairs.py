@@ -21,7 +21,8 @@ from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
 from transencoder.inference import Inference
 from transencoder.labels import score_to_file
-from transencoder.model_files import check_encoders, model_options
+from transencoder.model_checks import check_encoders
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.scoring import Teachers

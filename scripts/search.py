@@ -20,7 +20,8 @@ from transencoder.config.tools import SearchArguments, parse_tool
 from transencoder.data.tables import read_pairs, read_sentences, sentence_parts
 from transencoder.errors import InputError, one_line_errors
 from transencoder.inference import Inference
-from transencoder.model_files import check_bi_encoder, check_cross_encoder, model_options
+from transencoder.model_checks import check_bi_encoder, check_cross_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
 from transencoder.search.index import (

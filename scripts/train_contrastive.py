@@ -15,14 +15,15 @@ from transencoder.config.parsing import answer_early
 STAGE = "train_contrastive"
 answer_early(STAGE, __doc__)
 
-from transencoder.batches import DropoutViews, MaskedViews
+from transencoder.contrastive import DropoutViews, MaskedViews, MLPHead, add_drophead
 from transencoder.data.pools import read_sentence_pool
 from transencoder.data.tables import sample
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import MLPHead, add_drophead, load_bi_encoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.losses import InfoNCE
-from transencoder.model_files import check_language_model, model_options
+from transencoder.model_checks import check_language_model
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.training import begin, count_pieces, finish, train

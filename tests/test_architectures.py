@@ -32,7 +32,8 @@ from transformers import (
 from transencoder.encoders import load_bi_encoder, load_cross_encoder, load_encoder
 from transencoder.hub.export import export_onnx
 from transencoder.inference import Inference
-from transencoder.model_files import ModelOptions, inspect_encoder
+from transencoder.model_checks import inspect_encoder
+from transencoder.model_files import ModelOptions
 from transencoder.runtime.files import MODEL_FILES
 from transencoder.scoring import PreparedPairs
 

@@ -31,24 +31,12 @@ from transformers import (
 )
 
 from transencoder import embeddings
-from transencoder.encoders import (
-    BiEncoder,
-    CrossEncoder,
-    MLPHead,
-    add_drophead,
-    load_bi_encoder,
-    load_cross_encoder,
-    load_encoder,
-)
+from transencoder.contrastive import MLPHead, add_drophead
+from transencoder.encoders import BiEncoder, CrossEncoder, load_bi_encoder, load_cross_encoder, load_encoder
 from transencoder.errors import InputError
 from transencoder.inference import Inference
-from transencoder.model_files import (
-    ModelOptions,
-    check_bi_encoder,
-    check_encoders,
-    check_language_model,
-    inspect_encoder,
-)
+from transencoder.model_checks import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
+from transencoder.model_files import ModelOptions
 from transencoder.runtime.shards import Shards
 from transencoder.scoring import PreparedPairs, Teachers
 

@@ -19,7 +19,8 @@ from transformers import BertConfig, BertForSequenceClassification, Qwen3Config,
 from transencoder.encoders import load_bi_encoder, load_encoder
 from transencoder.errors import InputError
 from transencoder.inference import Inference
-from transencoder.model_files import ModelOptions, check_encoders, inspect_encoder
+from transencoder.model_checks import check_encoders, inspect_encoder
+from transencoder.model_files import ModelOptions
 from transencoder.scoring import Teachers, score_texts
 
 FIRST = ["how do i change my password", "cancel my plan", "is the parcel late", "Refund my ORDER", "pay"]

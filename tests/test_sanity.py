@@ -17,8 +17,8 @@ from conftest import launch, random_pairs, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import transencoder
-from transencoder.batches import DropoutViews
 from transencoder.config.parsing import parse_stage
+from transencoder.contrastive import DropoutViews
 from transencoder.data.pools import read_pool
 from transencoder.data.tables import read_sentences
 from transencoder.data.tasks import load_task

@@ -12,7 +12,6 @@ from transencoder.data import tokens
 from transencoder.data.tables import PAIRS, SENTENCES, numbers, sides
 from transencoder.data.tokens import swapped, training_tokens, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.errors import InputError
 
 
 class PairInputs(Dataset):
@@ -56,51 +55,6 @@ class SentencePairs(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         both = np.concatenate([self.first[indices], self.second[indices]])
         return {"inputs": self.tokens.batch(both), "scores": torch.from_numpy(self.scores[indices])}
-
-
-class DropoutViews(Dataset):
-    """Step 1, SimCSE: every sentence of the batch twice; dropout makes the two differ."""
-
-    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int):
-        self.tokens = training_tokens(table, SENTENCES, encoder.preprocessor(max_length=max_length))
-        self.lengths = self.tokens.lengths
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        return {"inputs": self.tokens.batch(np.concatenate([indices, indices]))}
-
-
-class MaskedViews(Dataset):
-    """Step 1, Mirror-BERT: every sentence as it is, and with a random span of characters replaced by the mask token.
-
-    Args:
-        table: column sentence.
-        span: length of the masked span, in characters; sentences under `MIN_CHARACTERS` stay whole.
-    Raises:
-        InputError: the tokenizer has no mask token.
-    """
-
-    MIN_CHARACTERS = 30
-
-    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int, span: int, seed: int):
-        self.mask = encoder.tokenizer.mask_token
-        if self.mask is None:
-            raise InputError("--method mirror: the model's tokenizer has no mask token; use --method simcse")
-        self.texts, self.span, self.seed, self.epoch = table["sentence"], span, seed, 0
-        self.preprocessor = encoder.preprocessor(max_length=max_length)
-        self.lengths = training_tokens(table, SENTENCES, self.preprocessor).lengths
-
-    def mask_span(self, text: str, index: int) -> str:
-        """Return `text` with the span masked; which one depends on seed, epoch and row, never on the world size."""
-        if len(text) < self.MIN_CHARACTERS:
-            return text
-        span = min(self.span, len(text))
-        start = np.random.default_rng((self.seed, self.epoch, index)).integers(len(text) - span + 1)
-        return text[:start] + self.mask + text[start + span :]
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        texts = [self.texts[index] for index in indices]
-        masked = [self.mask_span(text, index) for text, index in zip(texts, indices, strict=True)]
-        return {"inputs": self.preprocessor.batch(texts + masked)}
 
 
 class LengthWindowSampler(Sampler[list[int]]):

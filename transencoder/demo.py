@@ -17,7 +17,7 @@ from transencoder.data.tables import read_sentences
 from transencoder.embeddings import score_texts
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.errors import InputError
-from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.run.summary import Round, best_round, collect_rounds
 from transencoder.runtime.accelerator import start
 from transencoder.search.index import Hit, Searcher, SentenceIndex, index_in_memory

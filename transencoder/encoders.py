@@ -3,7 +3,6 @@
 What their authors meant (modules, prompts, lengths, similarity) is read and saved by sentence-transformers itself.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transencoder.config.options import Choice
 from transencoder.data.tokens import Preprocessor
-from transencoder.errors import InputError
+from transencoder.model_checks import check_finite, check_whole, inspect_encoder
 from transencoder.model_files import (
     NO_OPTIONS,
     Kind,
     ModelOptions,
-    check_finite,
-    check_whole,
     dropouts,
-    inspect_encoder,
     label_of,
     prompts_of,
     read_config,
@@ -42,8 +38,6 @@ POOLINGS = {
     "weightedmean": Choice("weightedmean", "a mean in which later tokens count more", "a mean weighted by position"),
     "lasttoken": Choice("lasttoken", "the last token's vector, for decoders", "the last token's vector"),
 }
-# What the output of a layer's attention heads goes into, in BERT/RoBERTa/XLM-R/DeBERTa, DistilBERT, MPNet, ModernBERT.
-ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
 SAFE = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
 
 
@@ -316,39 +310,6 @@ def _weights_of(encoder: Encoder, state: dict[str, torch.Tensor]) -> Iterator[No
     finally:
         for owner, last, parameter in before:
             owner._parameters[last] = parameter
-
-
-class MLPHead(nn.Sequential):
-    """SimCSE's head: dense + tanh, float32."""
-
-    def __init__(self, size: int):
-        super().__init__(nn.Linear(size, size), nn.Tanh())
-
-
-def add_drophead(encoder: BiEncoder, probability: float) -> None:
-    """Drop whole attention heads in training, the rest scaled up (Zhou et al. 2020, as Mirror-BERT uses it).
-
-    Args:
-        encoder: changed in place.
-        probability: of each head of each layer, drawn for every input of the batch.
-    """
-    layers = [module for name, module in encoder.backbone.named_modules() if ATTENTION_OUTPUT.search(name)]
-    if not layers:
-        raise InputError(
-            f"--drophead: the attention layers of a {encoder.backbone.config.model_type} model are not known"
-        )
-    heads = encoder.backbone.config.num_attention_heads
-
-    def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if not encoder.training:
-            return None
-        states = inputs[0]  # [n, length, heads * size]
-        keep = (torch.rand(states.shape[0], 1, heads, 1, device=states.device) >= probability).to(states.dtype)
-        scale = heads / keep.sum(2, keepdim=True).clamp(min=1)
-        return ((states.unflatten(-1, (heads, -1)) * keep * scale).flatten(-2), *inputs[1:])
-
-    for layer in layers:
-        layer.register_forward_pre_hook(drop)
 
 
 def _layer_classes(backbone: PreTrainedModel) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 from transencoder.data.paper import published_values, row_of
 from transencoder.data.tasks import Task, title
 from transencoder.inference import Inference
-from transencoder.model_files import inspect_encoder
+from transencoder.model_checks import inspect_encoder
 from transencoder.runtime.records import code_version
 from transencoder.sanity import check_scores
 from transencoder.scoring import PreparedPairs

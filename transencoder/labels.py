@@ -18,7 +18,8 @@ from transencoder.data.tables import PAIRS, numbers, read_pairs
 from transencoder.data.tasks import Task
 from transencoder.errors import InputError
 from transencoder.inference import Inference
-from transencoder.model_files import check_encoders, model_options
+from transencoder.model_checks import check_encoders
+from transencoder.model_files import model_options
 from transencoder.runtime.records import code_version, identity
 from transencoder.runtime.shards import Shards
 from transencoder.scoring import Teachers

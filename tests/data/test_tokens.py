@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import random_pairs, random_sentences
 
-from transencoder.batches import DropoutViews, LengthWindowSampler, MaskedViews, PairInputs, SentencePairs, make_loader
+from transencoder.batches import LengthWindowSampler, PairInputs, SentencePairs, make_loader
+from transencoder.contrastive import DropoutViews, MaskedViews
 from transencoder.data import tables
 from transencoder.data import tokens as data
 from transencoder.data.tables import PAIRS, SENTENCES, cache_folder, read_sentences

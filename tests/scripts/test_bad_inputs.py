@@ -42,7 +42,8 @@ from transencoder.data.tasks import load_task
 from transencoder.encoders import load_encoder
 from transencoder.errors import one_line_errors
 from transencoder.hub.push import recall, stage_repository
-from transencoder.model_files import ModelOptions, check_encoders, check_language_model
+from transencoder.model_checks import check_encoders, check_language_model
+from transencoder.model_files import ModelOptions
 from transencoder.run.plan import load_plan, to_shell
 from transencoder.run.summary import read_results
 from transencoder.runtime.accelerator import quiet_libraries

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs, write_jsonl
 
-from transencoder.model_files import inspect_encoder
+from transencoder.model_checks import inspect_encoder
 from transencoder.runtime.backends import processor_cores
 
 QUICK = [

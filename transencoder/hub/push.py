@@ -20,7 +20,8 @@ from transencoder.config.options import HubArguments, HubTarget
 from transencoder.config.recipes import as_options
 from transencoder.errors import InputError
 from transencoder.hub.card import PIPELINES, TAG, CardFacts, render_card
-from transencoder.model_files import Kind, inspect_encoder
+from transencoder.model_checks import inspect_encoder
+from transencoder.model_files import Kind
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import MODEL_FILES, read_json, sha256, write_json
 from transencoder.runtime.records import RUN_FILE

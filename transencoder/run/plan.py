@@ -16,7 +16,8 @@ from transencoder.data.paper import check_setting
 from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.data.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title
 from transencoder.errors import InputError, storage_error
-from transencoder.model_files import check_bi_encoder, check_language_model, model_options
+from transencoder.model_checks import check_bi_encoder, check_language_model
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import trackers
 from transencoder.runtime.files import write_text
 from transencoder.runtime.records import difference
