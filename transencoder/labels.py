@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,7 +25,7 @@ from transencoder.data.tables import (
 from transencoder.data.tasks import Task
 from transencoder.errors import InputError, storage_error
 from transencoder.model_files import check_encoders
-from transencoder.runtime.files import write_file
+from transencoder.runtime.files import replacing
 from transencoder.runtime.records import code_version, difference, identity
 from transencoder.runtime.shards import Parts, remove_parts
 from transencoder.scoring import Teachers, score_with
@@ -51,15 +51,11 @@ def write_tables(path: Path, tables: Iterator[pa.Table], facts: dict[str, Any]) 
     first = next(tables)
     schema, rows = first.schema.with_metadata({FACTS: json.dumps(facts)}), len(first)
 
-    def write(stream: BinaryIO) -> None:
-        nonlocal rows
-        with pq.ParquetWriter(stream, schema) as writer:
-            writer.write_table(first.replace_schema_metadata(schema.metadata))
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
-                rows += len(table)
-
-    write_file(path, write)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        writer.write_table(first.replace_schema_metadata(schema.metadata))
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
+            rows += len(table)
     return rows
 
 

@@ -28,7 +28,7 @@ from transencoder.hub.push import check_hub, push_stage
 from transencoder.runtime.accelerator import log, log_idle_cores, log_next, progress_bar, start, start_trackers
 from transencoder.runtime.backends import engine_name, precision, set_batch
 from transencoder.runtime.checkpoints import Checkpoints, check_resumable, remove_checkpoints
-from transencoder.runtime.files import place_model, write_folder
+from transencoder.runtime.files import place_model, replacing
 from transencoder.runtime.locks import lock
 from transencoder.runtime.records import claim, write_run
 from transencoder.runtime.signals import StopSignal, stop_here
@@ -351,7 +351,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             encoder = self.accelerator.unwrap_model(self.model)
             folder = self.checkpoints.best(self.progress.best_step)
-            write_folder(folder, lambda temporary: encoder.save_pretrained(temporary, state))
+            with replacing(folder) as temporary:
+                encoder.save_pretrained(temporary, state)
         self.accelerator.wait_for_everyone()
 
     def save_if_due(self, stop: StopSignal) -> None:

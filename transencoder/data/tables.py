@@ -8,9 +8,7 @@ import ctypes
 import hashlib
 import json
 import mmap
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +34,7 @@ from transencoder.data.formats import (
 )
 from transencoder.data.hub_sets import load_split
 from transencoder.errors import InputError, writing
-from transencoder.runtime.locks import remove_abandoned
+from transencoder.runtime.files import replacing
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
@@ -247,23 +245,15 @@ def parse_renaming(columns: list[str] | None) -> dict[str, str]:
 
 def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], wanted: tuple[str, ...]) -> None:
     """Write checked `batches` to `target` by way of a temporary name."""
-    # The name of the machine, since the cache may be shared.
-    host = socket.gethostname()
-    temporary = target.with_suffix(f".{host}.{os.getpid()}.tmp")
     schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
     rows = 0
-    with writing(target.parent):
-        try:
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(checked(batch, source, rows, schema))
-                    rows += batch.num_rows
-            if rows == 0:
-                raise InputError(f"{source}: no rows")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    remove_abandoned(target.parent, f"{target.stem}.{host}.*.tmp")
+    with replacing(target) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(checked(batch, source, rows, schema))
+                rows += batch.num_rows
+        if rows == 0:
+            raise InputError(f"{source}: no rows")
 
 
 def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> datasets.Dataset:

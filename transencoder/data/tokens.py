@@ -4,7 +4,6 @@ Tokens are made once and kept memory-mapped; those of a very long training set a
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transencoder.data.tables import (
     release_pages,
     row_hashes,
 )
-from transencoder.runtime.files import temporary_folder, write_file
+from transencoder.runtime.files import replacing
 
 # Training inputs that are tokenised before the first step, which takes about a minute; more are tokenised batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
@@ -146,18 +145,16 @@ def tokenize(
     target = cache_folder() / f"tokens-{fingerprint}.arrow"
     with local_main_process_first():
         if not target.exists():
-            # In a folder of its own: what `datasets` has half written is found by nobody, and removed.
-            with temporary_folder(target) as folder:
+            with replacing(target) as temporary:
                 table.map(
                     encode_block,
                     batched=True,
                     remove_columns=table.column_names,
                     features=datasets.Features(types),
-                    cache_file_name=str(folder / target.name),
+                    cache_file_name=str(temporary),
                     new_fingerprint=fingerprint,
                     desc="Tokenizing",
                 )
-                os.replace(folder / target.name, target)
     return TokenRows(datasets.Dataset.from_file(str(target)).data.table)
 
 
@@ -218,26 +215,28 @@ def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
     found = np.full(len(known), -1, dtype=np.int32)  # the number of the sentence with each known hash
     indices = np.empty((width, len(table)), dtype=np.int32)
 
-    def write(stream: Any) -> None:
-        count = 0
-        with pa.ipc.new_stream(stream, pa.schema([("sentence", pa.large_string())])) as writer:
-            for start, block in blocks(table):
-                rows = slice(start, start + len(block))
-                some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
-                at = np.searchsorted(known, some)
-                new = np.flatnonzero(found[at] < 0)
-                new = new[np.argsort(first[new])]
-                found[at[new]] = np.arange(count, count + len(new))
-                count += len(new)
-                indices[:, rows] = found[at][inverse].reshape(-1, width).T
-                column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
-                row, column = np.divmod(first[new], width)
-                writer.write_batch(
-                    pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
-                )
-
-    write_file(text, write)
-    write_file(places, lambda stream: np.save(stream, indices))
+    schema, count = pa.schema([("sentence", pa.large_string())]), 0
+    with (
+        replacing(text) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for start, block in blocks(table):
+            rows = slice(start, start + len(block))
+            some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
+            at = np.searchsorted(known, some)
+            new = np.flatnonzero(found[at] < 0)
+            new = new[np.argsort(first[new])]
+            found[at[new]] = np.arange(count, count + len(new))
+            count += len(new)
+            indices[:, rows] = found[at][inverse].reshape(-1, width).T
+            column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
+            row, column = np.divmod(first[new], width)
+            writer.write_batch(
+                pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
+            )
+    with replacing(places) as temporary:
+        np.save(temporary, indices)
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -16,7 +16,7 @@ from torch import nn
 from transencoder.encoders import BiEncoder, CrossEncoder, accepted_inputs
 from transencoder.errors import InputError
 from transencoder.model_files import Kind
-from transencoder.runtime.files import write_folder
+from transencoder.runtime.files import replacing
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_FILE = "model.onnx"
@@ -81,18 +81,14 @@ def export_onnx(encoder: BiEncoder | CrossEncoder, folder: Path) -> float:
             dynamic_shapes={"values": sizes},
             verbose=False,
         )
-    difference = 0.0
-
-    def write(temporary: Path) -> None:
-        nonlocal difference
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         program.save(str(temporary / ONNX_FILE))
         encoder.tokenizer.model_max_length = encoder.max_length
         encoder.tokenizer.save_pretrained(temporary)
         difference = greatest_difference(encoder, temporary / ONNX_FILE)
         if not difference <= TOLERANCE:
             raise FloatingPointError(f"the exported model's scores differ by {difference:.2g}; nothing was kept")
-
-    write_folder(folder, write)
     return difference
 
 

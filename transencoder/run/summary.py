@@ -14,7 +14,7 @@ from transencoder.data.tasks import title
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
 from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
-from transencoder.runtime.files import read_json, write_folder
+from transencoder.runtime.files import read_json, replacing
 from transencoder.runtime.records import RUN_FILE
 from transencoder.selection import stopped_before
 
@@ -198,7 +198,8 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
         best = best_round(rounds, kind)
         target = run / "best" / f"{kind}-encoder"
         if Path(best.path).is_dir():
-            write_folder(target, lambda folder, source=best.path: shutil.copytree(source, folder, dirs_exist_ok=True))
+            with replacing(target) as temporary:
+                shutil.copytree(best.path, temporary)
             why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
             lines.append(f"`best/{kind}-encoder` is {best.step} of {best.student} ({why}).")
         else:
@@ -227,7 +228,6 @@ def plot_progress(path: Path, rounds: list[Round]) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("Spearman or AUC, x 100")
     axes[0][-1].legend(title="test set", fontsize="small")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
-    temporary.replace(path)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from transencoder.errors import writing
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.files import write_file, write_json
+from transencoder.runtime.files import replacing, write_json
 from transencoder.runtime.locks import lock, unlock
 
 FACTS_FILE = "facts.json"
@@ -68,7 +68,8 @@ class Parts:
     def save(self, name: str, number: int, part: np.ndarray) -> None:
         """Keep a part, from the first process."""
         if self.accelerator.is_main_process:
-            write_file(self._path(name, number), lambda stream: np.save(stream, part))
+            with replacing(self._path(name, number)) as temporary:
+                np.save(temporary, part)
 
     def remove(self) -> None:
         """Once the output is there."""

@@ -23,7 +23,7 @@ from transencoder.data.tables import without_repeats
 from transencoder.embeddings import TEXTS_AT_ONCE, embed, run_on_texts, score_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
-from transencoder.runtime.files import read_json, write_folder, write_json
+from transencoder.runtime.files import read_json, replacing, write_json
 from transencoder.runtime.records import model_identity
 from transencoder.runtime.shards import Parts
 from transencoder.search import neighbours
@@ -122,13 +122,11 @@ def add_sentences(
     before = faiss.read_index(str(folder / INDEX_FILE)) if found else None  # what is memory-mapped cannot grow
     index = grown(before, added, arguments.seed)
 
-    def write(temporary: Path) -> None:
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         faiss.write_index(index, str(temporary / INDEX_FILE))
         feather.write_feather(table, str(temporary / SENTENCES_FILE), compression="uncompressed")
         write_json(temporary / FACTS_FILE, {**facts, "sentences": len(table)})
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(folder, write)
     parts.remove()
     return load_index(folder)
 

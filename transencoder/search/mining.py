@@ -21,7 +21,7 @@ from transencoder.embeddings import embed
 from transencoder.errors import InputError
 from transencoder.labels import write_tables
 from transencoder.runtime.accelerator import log, progress_bar
-from transencoder.runtime.files import write_file
+from transencoder.runtime.files import replacing
 from transencoder.runtime.shards import Parts
 from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index
 
@@ -385,5 +385,6 @@ def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> 
     axis.set_xlim(max(-1.0, BINS[max(0, np.flatnonzero(counts.sum(0)).min() - 2)]), 1.0)
     axis.grid(alpha=0.3)
     axis.legend(title="source", fontsize="small")
-    write_file(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
