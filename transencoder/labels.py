@@ -28,6 +28,7 @@ from transencoder.model_files import check_encoders
 from transencoder.runtime.files import replacing
 from transencoder.runtime.records import code_version, difference, identity
 from transencoder.runtime.shards import Parts, remove_parts
+from transencoder.runtime.waiting import wait_long
 from transencoder.scoring import Teachers, score_with
 
 # Pairs that a file of scores shares with a labelled set, and correlation on them, from which it holds its labels.
@@ -168,7 +169,7 @@ def score_to_file(
         record |= {"hub_datasets": COMMITS} if COMMITS else {}
         write_scores(path, pairs, scores, {**facts, **record})
     parts.remove()
-    accelerator.wait_for_everyone()
+    wait_long()
     return scores
 
 

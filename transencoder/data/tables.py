@@ -10,7 +10,6 @@ import json
 import mmap
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
-from accelerate import PartialState
 
 from transencoder.data.formats import (
     check_file,
@@ -35,6 +33,7 @@ from transencoder.data.formats import (
 from transencoder.data.hub_sets import load_split
 from transencoder.errors import InputError, writing
 from transencoder.runtime.files import replacing
+from transencoder.runtime.waiting import local_main_process_first
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
@@ -44,23 +43,6 @@ MAPPED_BYTES = 1 << 27  # files up to this size may stay mapped as a whole
 RANDOM_ROWS = 4096  # rows from all over a long file after which its pages are given back; each can map 64 KiB
 LIBC = ctypes.CDLL(None)
 CACHE_VERSION = 2  # raise it when what is written to the cache changes
-
-
-@contextmanager
-def local_main_process_first() -> Iterator[None]:
-    """Let the first process of each machine fill the cache, which the others then read.
-
-    Accelerate's own context of this name leaves the others waiting when the first one fails; here they go on, meet the
-    same error, and every process ends in the same way.
-    """
-    state = PartialState()
-    if not state.is_local_main_process:
-        state.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if state.is_local_main_process:
-            state.wait_for_everyone()
 
 
 def read_sentences(sources: list[str], columns: list[str] | None = None) -> datasets.Dataset:

@@ -21,11 +21,11 @@ from transencoder.data.tables import (
     blocks,
     cache_folder,
     cache_key,
-    local_main_process_first,
     release_pages,
     row_hashes,
 )
 from transencoder.runtime.files import replacing
+from transencoder.runtime.waiting import local_main_process_first
 
 # Training inputs that are tokenised before the first step, which takes about a minute; more are tokenised batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
