@@ -21,6 +21,7 @@ from transencoder.errors import InputError, one_line_errors
 from transencoder.model_files import check_bi_encoder, check_cross_encoder
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
+from transencoder.runtime.optional import load_optional
 from transencoder.runtime.records import model_identity
 from transencoder.runtime.shards import Parts
 from transencoder.scoring import Teachers, score_with
@@ -36,6 +37,8 @@ def main() -> None:
         raise InputError(f"--output {output}: must be the name of a .csv file")
     if not arguments.sentences:
         raise InputError("--sentences: give the file to search through")
+    for name in ("faiss", "networkx"):
+        load_optional(name)
     check_bi_encoder(arguments.bi_encoder, arguments.pooling)
     check_cross_encoder(arguments.cross_encoder, "--cross_encoder")
     sentences = read_sentences(arguments.sentences, arguments.columns)

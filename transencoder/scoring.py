@@ -15,6 +15,7 @@ from transencoder.embeddings import unit, write_vectors
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.inference import each_part, run_sharded
 from transencoder.lexical import lexical_scores
+from transencoder.runtime.optional import load_optional
 from transencoder.runtime.shards import Parts
 from transencoder.sanity import check_scores
 
@@ -142,6 +143,10 @@ class Teachers:
     pooling: str | None = None
     both_orders: bool = False
     lexical_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lexical_weight:
+            load_optional("sklearn.feature_extraction.text")  # before an encoder is loaded
 
     def shares(self) -> np.ndarray:
         """The weights as parts of one."""

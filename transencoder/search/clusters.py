@@ -1,8 +1,8 @@
 """Paraphrases in a pile of sentences: neighbours by a bi-encoder, confirmed by a cross-encoder, as communities."""
 
-import networkx as nx
 import numpy as np
 
+from transencoder.runtime.optional import load_optional
 from transencoder.search.neighbours import search_vectors
 
 
@@ -34,6 +34,7 @@ def communities(pairs: np.ndarray, scores: np.ndarray, threshold: float, seed: i
     Returns:
         For each group its rows, the most central first, each with its mean score to those that it is joined with.
     """
+    nx = load_optional("networkx")
     graph = nx.Graph()
     kept = scores >= threshold
     graph.add_weighted_edges_from(

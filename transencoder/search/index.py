@@ -5,14 +5,15 @@ INDEX/sentences.arrow    the sentences, in the same order
 INDEX/index.json         which model made it
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
-import faiss
 import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
@@ -24,10 +25,14 @@ from transencoder.embeddings import TEXTS_AT_ONCE, embed, run_on_texts, score_te
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.runtime.files import read_json, replacing, write_json
+from transencoder.runtime.optional import load_optional
 from transencoder.runtime.records import model_identity
 from transencoder.runtime.shards import Parts
 from transencoder.search import neighbours
 from transencoder.search.neighbours import empty_clusters
+
+if TYPE_CHECKING:
+    import faiss
 
 INDEX_FILE, SENTENCES_FILE, FACTS_FILE = "index.faiss", "sentences.arrow", "index.json"
 
@@ -69,8 +74,9 @@ def check_index(folder: Path, bi_encoder: str, pooling: str | None) -> dict[str,
     """What index.json says; None where there is no index yet.
 
     Raises:
-        InputError: foreign files, a damaged index, or one that another model made.
+        InputError: foreign files, a damaged index, one that another model made, or no FAISS.
     """
+    load_optional("faiss")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
@@ -86,6 +92,7 @@ def check_index(folder: Path, bi_encoder: str, pooling: str | None) -> dict[str,
 
 def load_index(folder: Path) -> SentenceIndex:
     """Open an index: vectors in clusters and sentences stay on disk."""
+    faiss = load_optional("faiss")
     try:
         vectors = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP)
         return SentenceIndex(vectors, feather.read_table(folder / SENTENCES_FILE, memory_map=True))
@@ -119,6 +126,7 @@ def add_sentences(
     if found is not None:
         tables.insert(0, found.sentences.cast(tables[0].schema))
     table = pa.concat_tables(tables)
+    faiss = load_optional("faiss")
     before = faiss.read_index(str(folder / INDEX_FILE)) if found else None  # what is memory-mapped cannot grow
     index = grown(before, added, arguments.seed)
 
@@ -163,7 +171,7 @@ def grown(index: faiss.Index | None, vectors: np.ndarray, seed: int) -> faiss.In
     """
     before = index.ntotal if index else 0
     if before + len(vectors) <= neighbours.EXACT_ROWS:
-        larger = faiss.IndexFlatIP(vectors.shape[1])
+        larger = load_optional("faiss").IndexFlatIP(vectors.shape[1])
         if index:
             larger.add(index.reconstruct_n(0, before))
     elif before > neighbours.EXACT_ROWS:

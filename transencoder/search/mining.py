@@ -22,7 +22,9 @@ from transencoder.errors import InputError
 from transencoder.labels import write_tables
 from transencoder.runtime.accelerator import log, progress_bar
 from transencoder.runtime.files import replacing
+from transencoder.runtime.optional import load_optional
 from transencoder.runtime.shards import Parts
+from transencoder.runtime.waiting import wait_long
 from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index
 
 PAIRS_PER_SENTENCE = 4  # unless the number of pairs is given
@@ -32,6 +34,7 @@ QUERIES = 8192  # sentences whose neighbours are looked for at a time
 WRITTEN_ROWS = 65_536  # pairs of a Parquet row group
 LEXICAL_ROWS = 100_000  # above it, a sentence's lexical neighbours are those in a random part of about this size
 SOURCE = re.compile(r"(lexical|nearest)(?::(\d+)-(\d+))?|random")
+LIBRARY = {"lexical": "bm25s", "nearest": "faiss"}
 BINS = np.linspace(-1.0, 1.0, 81)
 SPREAD_BANDS = 10  # of the cosine from 0 to 1; the lowest has the pairs below 0, too
 
@@ -339,11 +342,14 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     """Mine, and write the pairs and the picture from the first process; all processes encode.
 
     Raises:
-        InputError: as `parse_mix` and `wanted_pairs`, or no pair was found.
+        InputError: as `parse_mix`, `wanted_pairs` and `load_optional`, or no pair was found.
     """
     output = Path(arguments.output)
     sources = parse_mix(arguments.mix)
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
+    for kind in {source.kind for source in sources} - {"random"}:
+        load_optional(LIBRARY[kind])  # now, not after all sentences are encoded
+    load_optional("matplotlib.figure")
     looked_for = [arguments.spread * number for number in wanted]
     parts = Parts(output, facts, arguments.shard_rows, accelerator)
     encoders, batch_tokens, pooling = arguments.encoders, arguments.eval_batch_tokens, arguments.pooling
@@ -352,7 +358,7 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
         for place, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
     ]
     if not accelerator.is_main_process:
-        return  # it has nothing more to do, and the others' search may take long
+        return wait_long()
     miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, parts, accelerator)
     counts = np.zeros((len(sources), len(BINS) - 1), dtype=np.int64)
 
@@ -364,6 +370,7 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     rows = write_tables(output, blocks_and_picture(), facts)
     parts.remove()
     log(f"{output}: {rows} pairs")
+    wait_long()
 
 
 def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> None:
@@ -372,12 +379,8 @@ def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> 
     Args:
         counts: int64 [sources, bins of `BINS`].
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = load_optional("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for source, row in zip(sources, counts, strict=True):
         axis.stairs(row, BINS, label=f"{source.name} ({row.sum()})", linewidth=1.5)
     axis.set_xlabel("cosine of the bi-encoder")
@@ -387,4 +390,3 @@ def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> 
     axis.legend(title="source", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)

@@ -1,11 +1,16 @@
 """Neighbours of sentences: by shared words (BM25) and by the cosine of their vectors (FAISS)."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import bm25s
-import faiss
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
-from faiss.contrib.ondisk import merge_ondisk
+
+from transencoder.runtime.optional import load_optional
+
+if TYPE_CHECKING:
+    import faiss
 
 EXACT_ROWS = 100_000  # up to so many vectors are all compared; more are looked for in some of their clusters
 ROWS_AT_ONCE = 200_000  # vectors that are in memory while the index of more of them is built
@@ -24,7 +29,7 @@ class LexicalIndex:
     def __init__(self, sentences: list[str]):
         self.size = len(sentences)
         words = _words(sentences)
-        self._index = bm25s.BM25() if any(words) else None
+        self._index = load_optional("bm25s").BM25() if any(words) else None
         if self._index:
             self._index.index(words, show_progress=False)
 
@@ -42,6 +47,7 @@ class LexicalIndex:
 
 
 def _words(sentences: list[str]) -> list[list[str]]:
+    bm25s = load_optional("bm25s")
     return bm25s.tokenize(sentences, token_pattern=WORDS, stopwords=None, return_ids=False, show_progress=False)
 
 
@@ -54,7 +60,7 @@ def vector_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Index:
     """
     if len(vectors) > EXACT_ROWS:
         return _clustered_index(vectors, folder, seed)
-    index = faiss.IndexFlatIP(vectors.shape[1])
+    index = load_optional("faiss").IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors))
     return index
 
@@ -65,7 +71,7 @@ def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
     Args:
         vectors: float32 [rows, d].
     """
-    rows = len(vectors)
+    faiss, rows = load_optional("faiss"), len(vectors)
     clusters = max(1, min(int(4 * rows**0.5), MOST_CLUSTERS, rows // SAMPLES_PER_CLUSTER))
     index = faiss.index_factory(vectors.shape[1], f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = seed % 2**31
@@ -77,7 +83,7 @@ def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
 
 def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.IndexIVF:
     """The clusters of all vectors, memory-mapped: built block by block, and merged on disk."""
-    index = empty_clusters(vectors, seed)
+    faiss, index = load_optional("faiss"), empty_clusters(vectors, seed)
     trained = str(folder / "trained.faiss")
     faiss.write_index(index, trained)
     blocks = []
@@ -86,7 +92,7 @@ def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Inde
         block.add_with_ids(np.ascontiguousarray(rows), np.arange(start, start + len(rows)))
         blocks.append(str(folder / f"block-{start}.faiss"))
         faiss.write_index(block, blocks[-1])
-    merge_ondisk(index, blocks, str(folder / "clusters"))
+    load_optional("faiss.contrib.ondisk").merge_ondisk(index, blocks, str(folder / "clusters"))
     for block in blocks:
         Path(block).unlink()
     return index
