@@ -9,7 +9,6 @@ from transencoder.errors import InputError
 LIBRARIES = {
     "bm25s": ("looking for neighbours by words", "bm25s"),
     "faiss": ("looking for neighbours by vectors", "faiss-cpu"),
-    "gradio": ("the demo", "gradio"),
     "matplotlib": ("drawing a plot", "matplotlib"),
     "networkx": ("looking for groups of paraphrases", "networkx"),
     "onnx": ("the export", "onnx"),

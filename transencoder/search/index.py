@@ -8,7 +8,7 @@ INDEX/index.json         which model made it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from pyarrow import feather
 
 from transencoder.config.tools import SearchArguments
 from transencoder.data.tables import without_repeats
-from transencoder.embeddings import TEXTS_AT_ONCE, embed, run_on_texts, score_texts
+from transencoder.embeddings import embed, run_on_texts, score_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.runtime.files import read_json, replacing, write_json
@@ -142,24 +142,6 @@ def add_sentences(
 def _texts(sentences: datasets.Dataset) -> Iterator[pa.Array]:
     for batch in sentences.with_format("arrow").iter(100_000):
         yield from batch["sentence"].cast(pa.large_string()).chunks
-
-
-def index_in_memory(
-    sentences: list[str], encoder: BiEncoder, accelerator: Accelerator, seed: int, track: Callable = iter
-) -> SentenceIndex:
-    """An index that is never written: for sentences that are searched once and forgotten.
-
-    Args:
-        sentences: distinct.
-        track: wraps the list of blocks that are encoded one after another, such as in a progress bar.
-    """
-    order = np.argsort([len(sentence) for sentence in sentences], kind="stable")  # so that little is padding
-    vectors: np.ndarray | None = None
-    for rows in track(np.split(order, range(TEXTS_AT_ONCE, len(order), TEXTS_AT_ONCE))):
-        encoded = run_on_texts(encoder, [sentences[row] for row in rows], accelerator=accelerator)
-        vectors = np.empty((len(sentences), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
-        vectors[rows] = encoded
-    return SentenceIndex(grown(None, vectors, seed), pa.table({"sentence": sentences}))
 
 
 def grown(index: faiss.Index | None, vectors: np.ndarray, seed: int) -> faiss.Index:
