@@ -25,7 +25,7 @@ WITHOUT_NUMBER = re.compile(r"inline_container|PytorchStreamWriter|\d+ requested
 
 
 # What PyTorch says when another process does not answer in time, or has ended.
-LOST = re.compile(r"Timed out waiting|wait timeout after|Connection (closed|reset) by peer|Socket Timeout")
+LOST = re.compile(r"Timed out waiting|wait timeout|Connection (closed|reset) by peer|Failed to recv|Socket Timeout")
 LOST_LINE = (
     "another process of this run has ended, or has not answered within TRANSENCODER_TIMEOUT: is its machine down, or "
     "the network? The same command goes on from where it was"

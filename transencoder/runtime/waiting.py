@@ -1,19 +1,21 @@
 """How long processes wait for one another: minutes in a sum, hours where one of them works alone."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
-import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed import TCPStore
 
 from transencoder.errors import InputError
 
 TIMEOUT_VARIABLE = "TRANSENCODER_TIMEOUT"
 TIMEOUT = 600  # seconds; nothing but `wait_long` may let the others wait longer, since a lost machine costs this time
 LONGEST_WAIT = timedelta(hours=24)
+_waits = itertools.count()  # all processes wait equally often
 
 
 def timeout() -> timedelta:
@@ -29,15 +31,22 @@ def timeout() -> timedelta:
 
 
 def wait_long() -> None:
-    """Wait for all processes where one has worked alone, such as tokenizing, for up to `LONGEST_WAIT`."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier(_patient_group(dist.group.WORLD))
+    """Wait for all processes where one has worked alone, such as tokenizing, for up to `LONGEST_WAIT`.
+
+    They meet in the key-value store through which they found one another. Their process group would give up earlier.
+    """
+    processes = PartialState().num_processes
+    if processes == 1:
+        return
+    key = f"trans-encoder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_waits)}"
+    if _store().add(key, 1) == processes:
+        _store().set(f"{key}/all", "")
+    _store().wait([f"{key}/all"], LONGEST_WAIT)
 
 
 @cache
-def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return the same processes, talking by gloo: a waiting GPU is idle, and NCCL's own limit does not count."""
-    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+def _store() -> TCPStore:
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
 
 
 @contextmanager
