@@ -62,16 +62,16 @@ class SentenceIndex:
         return len(self.sentences)
 
     def texts(self, rows: np.ndarray) -> list[str]:
-        """The sentences of `rows`."""
+        """Return the sentences of `rows`."""
         return self.sentences["sentence"].take(pa.array(rows)).to_pylist()
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines (float32) and rows (int64) of the `k` nearest sentences, nearest first: each [queries, k]."""
+        """Find the `k` nearest sentences, nearest first: their cosines (float32) and rows (int64), [queries, k]."""
         return self.vectors.search(np.ascontiguousarray(queries), k)
 
 
 def check_index(folder: Path, bi_encoder: str, pooling: str | None) -> dict[str, Any] | None:
-    """What index.json says; None where there is no index yet.
+    """Read index.json; returns None where there is no index yet.
 
     Raises:
         InputError: foreign files, a damaged index, one that another model made, or no FAISS.
@@ -101,7 +101,7 @@ def load_index(folder: Path) -> SentenceIndex:
 
 
 def new_sentences(found: SentenceIndex | None, sentences: datasets.Dataset) -> datasets.Dataset:
-    """Those of `sentences` (column sentence, distinct) that are not in the index yet."""
+    """Return those of `sentences` (column sentence, distinct) that are not in the index yet."""
     if found is None:
         return sentences
     there = datasets.Dataset(datasets.table.InMemoryTable(found.sentences))
@@ -145,7 +145,7 @@ def _texts(sentences: datasets.Dataset) -> Iterator[pa.Array]:
 
 
 def grown(index: faiss.Index | None, vectors: np.ndarray, seed: int) -> faiss.Index:
-    """An index with more rows: exact as long as it is small, then in clusters.
+    """Add rows to an index: exact as long as it is small, then in clusters.
 
     Args:
         index: the one before, if any; it may be changed.
@@ -177,7 +177,7 @@ class Searcher:
     candidates: int
 
     def search(self, query: str, top_k: int) -> tuple[list[Hit], list[Hit], dict[str, float]]:
-        """The best sentences for a query, and how long it took.
+        """Find the best sentences for a query, and note how long it took.
 
         Returns:
             As re-ranked; as retrieved (the same without a cross-encoder); milliseconds of retrieving and re-ranking.
@@ -202,7 +202,7 @@ class Searcher:
 
 
 def partners(pairs: datasets.Dataset) -> dict[str, set[str]]:
-    """For each sentence of labelled pairs those that it has label 1 with, in either order."""
+    """Map each sentence of labelled pairs to those that it has label 1 with, in either order."""
     found: dict[str, set[str]] = {}
     for first, second, label in zip(pairs["sentence1"], pairs["sentence2"], pairs["label"], strict=True):
         if label == 1 and first != second:
@@ -212,6 +212,6 @@ def partners(pairs: datasets.Dataset) -> dict[str, set[str]]:
 
 
 def recall(hits: list[Hit], relevant: set[str], query: str, k: int) -> float:
-    """Share of the relevant sentences among the first `k` hits, the query itself not counted; 0 to 1."""
+    """Return the share of the relevant sentences among the first `k` hits, without the query itself; 0 to 1."""
     first = [hit.sentence for hit in hits if hit.sentence != query][:k]
     return len(relevant.intersection(first)) / len(relevant)

@@ -34,7 +34,7 @@ class LexicalIndex:
             self._index.index(words, show_progress=False)
 
     def search(self, queries: list[str], k: int) -> np.ndarray:
-        """Rows of the `k` sentences that are most like each query, the best first.
+        """Find the rows of the `k` sentences that are most like each query, the best first.
 
         Returns:
             int64 [queries, k]; -1 behind the last sentence that shares a word with the query.
@@ -52,7 +52,7 @@ def _words(sentences: list[str]) -> list[list[str]]:
 
 
 def vector_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Index:
-    """An index by inner product: exact up to `EXACT_ROWS`, else of clusters, in `folder`, of which some are searched.
+    """Build an index by inner product: exact up to `EXACT_ROWS`, else in clusters, of which some are searched.
 
     Args:
         vectors: float32 [rows, d], of unit length; may be memory-mapped.
@@ -66,7 +66,7 @@ def vector_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Index:
 
 
 def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
-    """A trained index without any rows: a byte for each dimension of a vector, clusters drawn from a sample.
+    """Train an index without any rows: a byte for each dimension of a vector, clusters drawn from a sample.
 
     Args:
         vectors: float32 [rows, d].
@@ -82,7 +82,7 @@ def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
 
 
 def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.IndexIVF:
-    """The clusters of all vectors, memory-mapped: built block by block, and merged on disk."""
+    """Build the clusters of all vectors block by block, merged on disk and memory-mapped."""
     faiss, index = load_optional("faiss"), empty_clusters(vectors, seed)
     trained = str(folder / "trained.faiss")
     faiss.write_index(index, trained)
@@ -99,5 +99,5 @@ def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Inde
 
 
 def search_vectors(index: faiss.Index, queries: np.ndarray, k: int) -> np.ndarray:
-    """Rows of the `k` nearest vectors of each query, nearest first: int64 [queries, k], -1 where there are no more."""
+    """Find the rows of the `k` nearest vectors of each query, nearest first: int64 [queries, k], -1 at the end."""
     return index.search(np.ascontiguousarray(queries), k)[1]
