@@ -117,6 +117,7 @@ def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
         (source / name).write_text("cross")
     (target / "1_Pooling").mkdir(parents=True)
     (target / "1_Pooling" / "config.json").touch()
+    (target / "2_Dense").mkdir()
     bi = ["config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"]
     bi += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer_config.json", "vocab.txt"]
     bi += ["merges.txt", "special_tokens_map.json", "tokenizer.json"]

@@ -17,7 +17,7 @@ from transencoder.errors import writing
 
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (
-    "1_Pooling",
+    "[0-9]*_[A-Z]*",  # modules of sentence-transformers, such as 1_Pooling
     "config*.json",
     "model*.safetensors*",
     "modules.json",
