@@ -46,7 +46,7 @@ WITHOUT = {  # what is left out -> the options that do so, or the name in a modu
     "length buckets": ["--length_window", "1"],
     "small batches": ["--eval_batch_tokens", "16384"],
     "first token only": "transencoder.encoders.read_first_token_only",
-    "cheap dropout": "transencoder.training.use_processor_dropout",
+    "cheap dropout": "transencoder.training.use_cpu_dropout",
     "kept memory": "transencoder.training.keep_freed_memory",
     "released memory": "transencoder.training.release_freed_memory",
     "few primitives": "transencoder.runtime.accelerator.keep_few_primitives",

@@ -25,6 +25,7 @@ from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
+from transencoder.runtime.optional import load_optional
 from transencoder.runtime.shards import Shards
 from transencoder.scoring import Teachers
 from transencoder.search.clusters import candidate_pairs, communities
@@ -41,6 +42,8 @@ def main() -> None:
     if not arguments.sentences:
         raise InputError("--sentences: give the file to search through")
     options = model_options(arguments)
+    for name in ("faiss", "networkx"):
+        load_optional(name)
     check_bi_encoder(arguments.bi_encoder, options)
     check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
     sentences = read_sentences(arguments.sentences, arguments.columns)

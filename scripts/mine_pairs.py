@@ -26,7 +26,8 @@ from transencoder.model_checks import check_bi_encoder
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, log_next, start
 from transencoder.runtime.records import identity
-from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pairs
+from transencoder.search.mining import mine_to_file
+from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 
 
 @one_line_errors

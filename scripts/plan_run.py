@@ -17,7 +17,7 @@ from transencoder.hub.push import remember
 from transencoder.hub.releases import check_run_target
 from transencoder.run.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
 from transencoder.runtime.accelerator import quiet_libraries
-from transencoder.runtime.backends import processor_cores, without_gpu
+from transencoder.runtime.backends import cpu_cores, without_gpu
 
 
 def parse() -> tuple[HubTarget, argparse.Namespace]:
@@ -48,7 +48,7 @@ def main() -> None:
         if target.hub_model_id:
             remember(Path(arguments.output_dir), target)
     print(to_shell(plan))
-    print(f"THREADS={processor_cores() if without_gpu() else ''}")
+    print(f"THREADS={cpu_cores() if without_gpu() else ''}")
 
 
 if __name__ == "__main__":

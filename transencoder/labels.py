@@ -22,6 +22,7 @@ from transencoder.model_checks import check_encoders
 from transencoder.model_files import model_options
 from transencoder.runtime.records import code_version, identity
 from transencoder.runtime.shards import Shards
+from transencoder.runtime.waiting import wait_long
 from transencoder.scoring import Teachers
 
 # Pairs that a file of scores shares with a labelled set, and correlation on them, from which it holds its labels.
@@ -95,7 +96,7 @@ def score_to_file(
         record |= {"hub_datasets": COMMITS} if COMMITS else {}
         write_scores(path, pairs, scores, {**metadata, **record})
     shards.remove()
-    accelerator.wait_for_everyone()
+    wait_long()
     return scores
 
 

@@ -15,6 +15,7 @@ from transencoder.inference import Inference
 from transencoder.lexical import lexical_scores
 from transencoder.model_files import NO_OPTIONS, ModelOptions
 from transencoder.runtime.accelerator import log
+from transencoder.runtime.optional import load_optional
 from transencoder.sanity import check_scores
 
 
@@ -102,6 +103,10 @@ class Teachers:
     options: ModelOptions = NO_OPTIONS
     both_orders: bool = False
     lexical_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lexical_weight:
+            load_optional("sklearn.feature_extraction.text")  # before an encoder is loaded
 
     def shares(self) -> np.ndarray:
         """Return the weights as parts of one."""

@@ -26,13 +26,13 @@ from transencoder.errors import BrokenRun, InputError, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.hub.push import check_hub, push_stage
 from transencoder.runtime.accelerator import log, log_idle_cores, log_next, progress_bar, start, start_trackers
-from transencoder.runtime.backends import engine_name, precision, set_batch
+from transencoder.runtime.backends import backend_name, precision, set_batch
 from transencoder.runtime.checkpoints import Checkpoints, check_resumable, remove_checkpoints
-from transencoder.runtime.files import place_model, write_folder
+from transencoder.runtime.files import place_model, replacing
 from transencoder.runtime.locks import lock
 from transencoder.runtime.records import claim, write_run
 from transencoder.runtime.signals import StopSignal, stop_here
-from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_processor_dropout
+from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_cpu_dropout
 from transencoder.sanity import LossWatch, broken_weights
 from transencoder.selection import select_by
 
@@ -199,7 +199,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, arguments.max_steps)
         release_freed_memory()
         if accelerator.device.type == "cpu":
-            use_processor_dropout(encoder)
+            use_cpu_dropout(encoder)
             keep_freed_memory()
         optimizer = make_optimizer(encoder, arguments)
         warmup = round(arguments.warmup_ratio * self.total_steps)
@@ -351,7 +351,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             encoder = self.accelerator.unwrap_model(self.model)
             folder = self.checkpoints.best(self.progress.best_step)
-            write_folder(folder, lambda temporary: encoder.save_pretrained(temporary, state))
+            with replacing(folder) as temporary:
+                encoder.save_pretrained(temporary, state)
         self.accelerator.wait_for_everyone()
 
     def save_if_due(self, stop: StopSignal) -> None:
@@ -392,7 +393,7 @@ class Trainer:
             examples=len(self.rows.lengths),
             world_size=self.accelerator.num_processes,
             gradient_accumulation_steps=self.pieces,
-            engine=engine_name(self.accelerator),
+            backend=backend_name(self.accelerator),
             mixed_precision=precision(self.accelerator),
             examples_per_second=round(examples_per_second, 1),
             resumed_at_steps=progress.resumed_at,

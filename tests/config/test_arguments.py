@@ -11,7 +11,7 @@ from conftest import random_pairs, write_jsonl
 from transencoder.config.arguments import LIMITS, POSITIVE, STAGES, ContrastiveArguments
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options, read_recipe
-from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments
+from transencoder.config.tools import DuplicatesArguments, SearchArguments
 from transencoder.encoders import load_bi_encoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.model_files import ModelOptions
@@ -312,11 +312,7 @@ def test_the_defaults_are_within_the_limits(stage):
 
 def test_every_limit_is_that_of_an_option():
     known = {name for stage in STAGES for name in vars(parse_stage(stage, argv=REQUIRED[stage]))}
-    known |= {
-        field.name
-        for tool in (SearchArguments, DuplicatesArguments, DemoArguments)
-        for field in dataclasses.fields(tool)
-    }
+    known |= {field.name for tool in (SearchArguments, DuplicatesArguments) for field in dataclasses.fields(tool)}
     assert {*LIMITS, *POSITIVE} <= known
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT, make_tokenizer, random_pairs, warm_python, write_jsonl
 
-from transencoder.runtime.backends import processor_cores
+from transencoder.runtime.backends import cpu_cores
 
 DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 
@@ -153,7 +153,7 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("launcher", "asked", "given"),
-    [([], None, str(processor_cores())), ([], "3", "3"), (["--launcher", "accelerate launch --cpu"], None, "")],
+    [([], None, str(cpu_cores())), ([], "3", "3"), (["--launcher", "accelerate launch --cpu"], None, "")],
 )
 def test_without_a_gpu_accelerate_is_asked_for_all_cores(recipe, tmp_path, launcher, asked, given):
     accelerate = tmp_path / "bin" / "accelerate"

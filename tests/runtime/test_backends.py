@@ -1,4 +1,4 @@
-"""However a global batch is cut, and whatever engine shares out the work: the same losses, weights and scores."""
+"""However a global batch is cut, and whatever backend shares out the work: the same losses, weights and scores."""
 
 import json
 
@@ -29,7 +29,7 @@ WAYS = {
     "zero3": ("deepspeed_zero3", 2, 16),
     "zero3-accumulated": ("deepspeed_zero3", 2, 8),
 }
-# Every stage under every engine; accumulation under the sharding ones once, where it is cheapest to see.
+# Every stage under every backend; accumulation under the sharding ones once, where it is cheapest to see.
 RUNS = [(stage, way) for stage in STAGES for way in list(WAYS)[1:] if stage == "cross" or "-accumulated" not in way]
 
 

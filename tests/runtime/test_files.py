@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+import socket
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from transencoder.errors import InputError
 from transencoder.inference import token_batches
 from transencoder.labels import read_label_pairs
 from transencoder.model_files import ModelOptions
-from transencoder.runtime.files import place_model, write_folder, write_json
+from transencoder.runtime.files import place_model, replacing, write_json
 from transencoder.runtime.records import RUN_FILE, claim, difference, identity, write_run
 
 STAGE = "distill_bi2cross"
@@ -51,28 +54,62 @@ def test_json_that_cannot_be_written_leaves_the_old_file_as_it_was(tmp_path, con
     assert names(tmp_path) == ["a.json"]
 
 
+def write_folder(target: Path, *files: str) -> None:
+    with replacing(target) as folder:
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     target = tmp_path / "models" / "best"
-    write_folder(target, lambda folder: [(folder / name).touch() for name in ("a", "b")])
+    write_folder(target, "a", "b")
     assert names(target) == ["a", "b"]
-    write_folder(target, lambda folder: (folder / "c").touch())
+    write_folder(target, "c")
     assert names(target) == ["c"]
     assert names(target.parent) == ["best"]
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
-    def fail(folder: Path) -> None:
-        (folder / "half").touch()
-        raise OSError("disk full")
-
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path, kind):
     target = tmp_path / "best"
-    write_folder(target, lambda folder: (folder / "a").touch())
-    with pytest.raises(OSError, match="disk full"):
-        write_folder(target, fail)
-    assert names(target) == ["a"]
-    write_folder(target, lambda folder: (folder / "b").touch())
-    assert names(target) == ["b"]  # nothing of the failed attempt
+    if kind == "folder":
+        write_folder(target, "old")
+    else:
+        target.write_text("old")
+    with pytest.raises(OSError, match="disk full"), replacing(target) as temporary:
+        (temporary if kind == "file" else temporary.parent / "stray").write_text("half")
+        raise OSError("disk full")
+    assert names(target) == ["old"] if kind == "folder" else target.read_text() == "old"
     assert names(tmp_path) == ["best"]
+
+
+def test_an_old_folder_is_missing_for_no_longer_than_a_rename(tmp_path, monkeypatch):
+    """The old one goes when the new one is whole, and is deleted when the new one is in its place."""
+    target, seen, replace, rmtree = tmp_path / "best", [], os.replace, shutil.rmtree
+    write_folder(target, "old")
+
+    def noted(work):
+        def wrapper(*words, **options):
+            seen.append((work.__name__, names(target) if target.exists() else None))
+            return work(*words, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "replace", noted(replace))
+    monkeypatch.setattr(shutil, "rmtree", noted(rmtree))
+    write_folder(target, "new")
+    assert seen == [("replace", ["old"]), ("replace", None), ("rmtree", ["new"])]
+
+
+def test_only_what_the_dead_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f".a.{socket.gethostname()}.{number}.tmp" for number in (gone.pid, os.getppid(), "x")]
+    for name in [*left, f".a.elsewhere.{gone.pid}.tmp"]:
+        (tmp_path / name / "half").mkdir(parents=True)
+    write_json(tmp_path / "a", 1)
+    assert names(tmp_path) == sorted([*left[1:], f".a.elsewhere.{gone.pid}.tmp", "a"])
 
 
 def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
@@ -82,6 +119,7 @@ def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
         (source / name).write_text("cross")
     (target / "1_Pooling").mkdir(parents=True)
     (target / "1_Pooling" / "config.json").touch()
+    (target / "2_Dense").mkdir()
     bi = ["config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"]
     bi += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer_config.json", "vocab.txt"]
     bi += ["merges.txt", "special_tokens_map.json", "tokenizer.json"]

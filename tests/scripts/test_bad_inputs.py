@@ -35,7 +35,7 @@ from transencoder.config.arguments import STAGES
 from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options, read_recipe
-from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments, parse_tool
+from transencoder.config.tools import DuplicatesArguments, SearchArguments, parse_tool
 from transencoder.data.scores import read_metadata
 from transencoder.data.tables import read_pairs, read_sentences
 from transencoder.data.tasks import load_task
@@ -342,7 +342,6 @@ SCRIPTS: dict[str, list[str]] = {
         *("--bi_encoder", "{model}", "--cross_encoder", "{model}"),
         *("--sentences", "{odd}", "--output", "{out}/x.csv"),
     ],
-    "demo.py": ["--run", "{odd}"],
     "plan_run.py": ["--recipe", "{odd}", "--output_dir", "{out}"],
     "summarize_run.py": ["{odd}"],
     "compare_scores.py": ["{odd}", "{odd}"],
@@ -588,7 +587,7 @@ TOOL_OPTIONS += ["port", "run"]
 
 @cases(60)
 @given(
-    tool=st.sampled_from([SearchArguments, DuplicatesArguments, DemoArguments]),
+    tool=st.sampled_from([SearchArguments, DuplicatesArguments]),
     values=st.dictionaries(st.sampled_from(TOOL_OPTIONS), OPTION_VALUES, max_size=2),
 )
 def test_any_words_are_arguments_of_a_tool_or_refused(tool, values):

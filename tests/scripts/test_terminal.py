@@ -10,11 +10,11 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 from transencoder.config.arguments import STAGES
-from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments
+from transencoder.config.tools import DuplicatesArguments, SearchArguments
 from transencoder.runtime.accelerator import log_next, progress_bar
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-ARGUMENTS = {**STAGES, "search": SearchArguments, "find_duplicates": DuplicatesArguments, "demo": DemoArguments}
+ARGUMENTS = {**STAGES, "search": SearchArguments, "find_duplicates": DuplicatesArguments}
 
 
 @pytest.fixture

@@ -13,17 +13,8 @@ from transencoder.data.tables import read_pairs
 from transencoder.errors import InputError
 from transencoder.runtime.shards import Shards
 from transencoder.search import mining
-from transencoder.search.mining import (
-    Miner,
-    Sides,
-    Source,
-    draw,
-    parse_mix,
-    spread_evenly,
-    texts_of,
-    wanted_pairs,
-    without_self,
-)
+from transencoder.search.mining import Miner, draw, spread_evenly, texts_of, without_self
+from transencoder.search.mix import Sides, Source, parse_mix, wanted_pairs
 
 
 def table(sentences):

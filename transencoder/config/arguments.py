@@ -310,7 +310,6 @@ LIMITS = {
     "top_k": (1, None),
     "candidates": (1, None),
     "neighbours": (1, None),
-    "port": (1, 65535),
 }
 POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
 

@@ -74,32 +74,6 @@ class DuplicatesArguments(ToolArguments):
     threshold: float = option("Least mean of both encoders' scores, 0 to 1, at which two sentences are one.", 0.85)
 
 
-@dataclass
-class DemoArguments(EncoderArguments):
-    """A page to try models on."""
-
-    GROUP = "the page"
-
-    run: str | None = option(
-        "Folder of a finished run of run_transencoder.sh: its start and its best models. Options below win. Default: "
-        "the models that are named one by one.",
-        None,
-    )
-    bi_encoder: str | None = option("Trained bi-encoder: a folder or Hub id. Default: the best of --run.", None)
-    cross_encoder: str | None = option(
-        "Trained cross-encoder: a folder or Hub id. Default: the best of --run, else none.", None
-    )
-    start: str | None = option(
-        "Bi-encoder to compare with, a folder or Hub id. Default: what --run began with, else none.", None
-    )
-    sentences: list[str] | None = option(
-        "FILE(s) of sentences that can be searched at once. Default: those that are uploaded on the page.", None
-    )
-    candidates: int = option("Sentences that the bi-encoder finds for the cross-encoder to re-rank.", 50)
-    host: str = option("Address to listen at. 0.0.0.0: open to all who reach this machine.", "127.0.0.1")
-    port: int = option("Port to listen at.", 7860)
-
-
 def parse_tool(arguments: type, description: str | None) -> Any:
     """An instance of `arguments` from the command line."""
     (parsed,) = StageParser(arguments, description).parse_args_into_dataclasses()

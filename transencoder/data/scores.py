@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from transencoder.data.tables import PAIRS, blocks
 from transencoder.errors import InputError, storage_error
-from transencoder.runtime.files import write_file
+from transencoder.runtime.files import replacing
 from transencoder.runtime.records import difference
 from transencoder.runtime.shards import remove_shards
 
@@ -36,15 +36,11 @@ def write_tables(path: Path, tables: Iterator[pa.Table], metadata: dict[str, Any
     first = next(tables)
     schema, rows = first.schema.with_metadata({KEY: json.dumps(metadata)}), len(first)
 
-    def write(stream: BinaryIO) -> None:
-        nonlocal rows
-        with pq.ParquetWriter(stream, schema) as writer:
-            writer.write_table(first.replace_schema_metadata(schema.metadata))
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
-                rows += len(table)
-
-    write_file(path, write)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        writer.write_table(first.replace_schema_metadata(schema.metadata))
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
+            rows += len(table)
     return rows
 
 

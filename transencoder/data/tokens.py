@@ -22,11 +22,11 @@ from transencoder.data.tables import (
     blocks,
     cache_folder,
     cache_key,
-    local_main_process_first,
     release_pages,
     row_hashes,
 )
-from transencoder.runtime.files import write_file
+from transencoder.runtime.files import replacing
+from transencoder.runtime.waiting import local_main_process_first
 
 # Training inputs that are tokenized before the first step, which takes about a minute; more are tokenized batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
@@ -182,15 +182,12 @@ def tokenize(table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Pr
     key = cache_key(table._fingerprint, columns, preprocessor.identity())
     target = cache_folder() / f"tokens-{key}.arrow"
 
-    def write(stream: Any) -> None:
-        schema = pa.schema([(name, pa.list_(TOKEN_TYPES[name])) for name in preprocessor.names])
-        with pa.ipc.new_stream(stream, schema) as writer:
-            for batch in _token_batches(table, columns, preprocessor):
-                writer.write_batch(batch.cast(schema))
-
+    schema = pa.schema([(name, pa.list_(TOKEN_TYPES[name])) for name in preprocessor.names])
     with local_main_process_first():
         if not target.exists():
-            write_file(target, write)
+            with replacing(target) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+                for batch in _token_batches(table, columns, preprocessor):
+                    writer.write_batch(batch.cast(schema))
     return TokenRows(datasets.Dataset.from_file(str(target)).data.table, preprocessor)
 
 
@@ -244,26 +241,28 @@ def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
     found = np.full(len(known), -1, dtype=np.int32)  # the number of the sentence with each known hash
     indices = np.empty((width, len(table)), dtype=np.int32)
 
-    def write(stream: Any) -> None:
-        count = 0
-        with pa.ipc.new_stream(stream, pa.schema([("sentence", pa.large_string())])) as writer:
-            for start, block in blocks(table):
-                rows = slice(start, start + len(block))
-                some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
-                at = np.searchsorted(known, some)
-                new = np.flatnonzero(found[at] < 0)
-                new = new[np.argsort(first[new])]
-                found[at[new]] = np.arange(count, count + len(new))
-                count += len(new)
-                indices[:, rows] = found[at][inverse].reshape(-1, width).T
-                column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
-                row, column = np.divmod(first[new], width)
-                writer.write_batch(
-                    pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
-                )
-
-    write_file(text, write)
-    write_file(places, lambda stream: np.save(stream, indices))
+    schema, count = pa.schema([("sentence", pa.large_string())]), 0
+    with (
+        replacing(text) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for start, block in blocks(table):
+            rows = slice(start, start + len(block))
+            some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
+            at = np.searchsorted(known, some)
+            new = np.flatnonzero(found[at] < 0)
+            new = new[np.argsort(first[new])]
+            found[at[new]] = np.arange(count, count + len(new))
+            count += len(new)
+            indices[:, rows] = found[at][inverse].reshape(-1, width).T
+            column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
+            row, column = np.divmod(first[new], width)
+            writer.write_batch(
+                pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
+            )
+    with replacing(places) as temporary:
+        np.save(temporary, indices)
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -21,7 +21,7 @@ from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import trackers
 from transencoder.runtime.files import write_text
 from transencoder.runtime.records import difference
-from transencoder.search.mining import Sides, parse_mix, wanted_pairs
+from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 from transencoder.selection import select_by, training_rows
 from transencoder.training import count_pieces
 

@@ -5,15 +5,16 @@ INDEX/sentences.arrow    the sentences, in the same order
 INDEX/index.json         which model made it
 """
 
+from __future__ import annotations
+
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
-import faiss
 import numpy as np
 import pyarrow as pa
 from pyarrow import feather
@@ -24,14 +25,18 @@ from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed, embed_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
-from transencoder.inference import TEXTS_AT_ONCE, Inference
+from transencoder.inference import Inference
 from transencoder.model_files import ModelOptions, model_options, prompts_of
-from transencoder.runtime.files import read_json, write_folder, write_json
+from transencoder.runtime.files import read_json, replacing, write_json
+from transencoder.runtime.optional import load_optional
 from transencoder.runtime.records import model_identity
 from transencoder.runtime.shards import Shards
 from transencoder.scoring import score_texts
 from transencoder.search import neighbours
 from transencoder.search.neighbours import METRICS, empty_clusters, exact_index
+
+if TYPE_CHECKING:
+    import faiss
 
 INDEX_FILE, SENTENCES_FILE, FACTS_FILE = "index.faiss", "sentences.arrow", "index.json"
 
@@ -66,13 +71,13 @@ class SentenceIndex:
         return len(self.sentences)
 
     def texts(self, rows: np.ndarray) -> list[str]:
-        """The sentences of `rows`."""
+        """Return the sentences of `rows`."""
         return self.sentences["sentence"].take(pa.array(rows)).to_pylist()
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return similarities (float32) and rows (int64) of the `k` nearest sentences: [queries, k], nearest first."""
+        """Find the `k` nearest sentences, nearest first: similarities (float32) and rows (int64), [queries, k]."""
         found, rows = self.vectors.search(np.ascontiguousarray(queries), k)
-        if self.vectors.metric_type == faiss.METRIC_L2:
+        if self.vectors.metric_type == load_optional("faiss").METRIC_L2:
             found = -np.sqrt(np.maximum(found, 0))
         return found, rows
 
@@ -83,11 +88,12 @@ def index_metadata(bi_encoder: str, options: ModelOptions) -> dict[str, Any]:
 
 
 def check_index(folder: Path, bi_encoder: str, options: ModelOptions) -> dict[str, Any] | None:
-    """Return what index.json says; None where there is no index yet.
+    """Read index.json; returns None where there is no index yet.
 
     Raises:
-        InputError: foreign files, a damaged index, or one that another model made.
+        InputError: foreign files, a damaged index, one that another model made, or no FAISS.
     """
+    load_optional("faiss")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
@@ -115,6 +121,7 @@ def check_searchable(encoder: BiEncoder) -> None:
 
 def load_index(folder: Path) -> SentenceIndex:
     """Open an index: vectors in clusters and sentences stay on disk."""
+    faiss = load_optional("faiss")
     try:
         vectors = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP)
         return SentenceIndex(vectors, feather.read_table(folder / SENTENCES_FILE, memory_map=True))
@@ -123,7 +130,7 @@ def load_index(folder: Path) -> SentenceIndex:
 
 
 def new_sentences(found: SentenceIndex | None, sentences: datasets.Dataset) -> datasets.Dataset:
-    """Those of `sentences` (column sentence, distinct) that are not in the index yet."""
+    """Return those of `sentences` (column sentence, distinct) that are not in the index yet."""
     if found is None:
         return sentences
     there = datasets.Dataset(datasets.table.InMemoryTable(found.sentences))
@@ -149,16 +156,15 @@ def add_sentences(
     if found is not None:
         tables.insert(0, found.sentences.cast(tables[0].schema))
     table = pa.concat_tables(tables)
+    faiss = load_optional("faiss")
     before = faiss.read_index(str(folder / INDEX_FILE)) if found else None  # what is memory-mapped cannot grow
     index = grown(before, added, encoder.similarity, arguments.seed)
 
-    def write(temporary: Path) -> None:
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         faiss.write_index(index, str(temporary / INDEX_FILE))
         feather.write_feather(table, str(temporary / SENTENCES_FILE), compression="uncompressed")
         write_json(temporary / FACTS_FILE, {**facts, "sentences": len(table)})
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    write_folder(folder, write)
     shards.remove()
     return load_index(folder)
 
@@ -168,26 +174,8 @@ def _texts(sentences: datasets.Dataset) -> Iterator[pa.Array]:
         yield from batch["sentence"].cast(pa.large_string()).chunks
 
 
-def index_in_memory(
-    sentences: list[str], encoder: BiEncoder, inference: Inference, seed: int, track: Callable = iter
-) -> SentenceIndex:
-    """Return an index that is never written: for sentences that are searched once and forgotten.
-
-    Args:
-        sentences: distinct.
-        track: wraps the list of blocks that are encoded one after another, such as in a progress bar.
-    """
-    order = np.argsort([len(sentence) for sentence in sentences], kind="stable")  # so that little is padding
-    vectors: np.ndarray | None = None
-    for rows in track(np.split(order, range(TEXTS_AT_ONCE, len(order), TEXTS_AT_ONCE))):
-        encoded = embed_texts(encoder, [sentences[row] for row in rows], inference, side=1)
-        vectors = np.empty((len(sentences), encoded.shape[1]), dtype=np.float32) if vectors is None else vectors
-        vectors[rows] = encoded
-    return SentenceIndex(grown(None, vectors, encoder.similarity, seed), pa.table({"sentence": sentences}))
-
-
 def grown(index: faiss.Index | None, vectors: np.ndarray, similarity: str, seed: int) -> faiss.Index:
-    """Return an index with more rows: exact as long as it is small, then in clusters.
+    """Add rows to an index: exact as long as it is small, then in clusters.
 
     Args:
         index: the one before, if any; it may be changed.
@@ -219,7 +207,7 @@ class Searcher:
     candidates: int
 
     def search(self, query: str, top_k: int) -> tuple[list[Hit], list[Hit], dict[str, float]]:
-        """The best sentences for a query, and how long it took.
+        """Find the best sentences for a query, and note how long it took.
 
         Returns:
             As re-ranked; as retrieved (the same without a cross-encoder); milliseconds of retrieving and re-ranking.
@@ -246,7 +234,7 @@ class Searcher:
 
 
 def partners(pairs: datasets.Dataset) -> dict[str, set[str]]:
-    """For each sentence of labelled pairs those that it has label 1 with, in either order."""
+    """Map each sentence of labelled pairs to those that it has label 1 with, in either order."""
     found: dict[str, set[str]] = {}
     for first, second, label in zip(pairs["sentence1"], pairs["sentence2"], pairs["label"], strict=True):
         if label == 1 and first != second:
@@ -256,6 +244,6 @@ def partners(pairs: datasets.Dataset) -> dict[str, set[str]]:
 
 
 def recall(hits: list[Hit], relevant: set[str], query: str, k: int) -> float:
-    """Share of the relevant sentences among the first `k` hits, the query itself not counted; 0 to 1."""
+    """Return the share of the relevant sentences among the first `k` hits, without the query itself; 0 to 1."""
     first = [hit.sentence for hit in hits if hit.sentence != query][:k]
     return len(relevant.intersection(first)) / len(relevant)
