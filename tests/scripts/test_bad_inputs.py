@@ -31,10 +31,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from transencoder.config.arguments import STAGES
 from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options, read_recipe
+from transencoder.config.stages import STAGES
 from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments, parse_tool
 from transencoder.data.tables import read_pairs, read_sentences
 from transencoder.data.tasks import load_task
@@ -373,7 +373,7 @@ def test_a_script_refuses_what_is_no_file_and_leaves_nothing(
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
-KEYS = sorted({field.name for arguments in STAGES.values() for field in dataclasses.fields(arguments)})
+KEYS = sorted({field.name for stage in STAGES.values() for field in dataclasses.fields(stage.arguments)})
 PLAN_KEYS = ["students", "tasks", "pairs", "sentences", "dev", "cycles", "data_dir", "paper", "stop_at", "remine"]
 PLAN_KEYS += ["num_training_pairs", "extra_pairs", "student_start", "alternate", "sentences_b", "no such key"]
 WORDS = st.one_of(
@@ -568,7 +568,7 @@ OPTION_VALUES = st.one_of(st.integers(1, 99), st.sampled_from(["mean", "cls", "b
 def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
     """A stage and words for it: what it requires, and some options with any values."""
     stage = draw(st.sampled_from(sorted(STAGES)))
-    names = [field.name for field in dataclasses.fields(STAGES[stage]) if field.name != "recipe"]
+    names = [field.name for field in dataclasses.fields(STAGES[stage].arguments) if field.name != "recipe"]
     values = draw(st.dictionaries(st.sampled_from(names), OPTION_VALUES, max_size=2))
     extra = draw(st.sampled_from([[], [], [], ["--overwrite"], ["x"], ["--no_such_option", "1"], [""]]))
     return stage, as_options({**REQUIRED[stage], **values}) + extra
@@ -619,7 +619,7 @@ def test_an_output_folder_with_any_record_is_refused(place, record):
     (folder / "run.json").write_bytes(record)
     arguments = parse_stage("train_contrastive", argv=as_options(REQUIRED["train_contrastive"]))
     arguments.output_dir = str(folder)
-    assert is_refused(outcome(lambda: claim(arguments, "train_contrastive"), ("record", record)))
+    assert is_refused(outcome(lambda: claim(arguments, "train_contrastive", []), ("record", record)))
 
 
 TAKES_A_RECORD = {

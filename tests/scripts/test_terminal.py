@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 
-from transencoder.config.arguments import STAGES
+from transencoder.config.stages import STAGES
 from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments
 from transencoder.runtime.accelerator import log_next, progress_bar
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-ARGUMENTS = {**STAGES, "search": SearchArguments, "find_duplicates": DuplicatesArguments, "demo": DemoArguments}
+ARGUMENTS = {name: stage.arguments for name, stage in STAGES.items()}
+ARGUMENTS |= {"search": SearchArguments, "find_duplicates": DuplicatesArguments, "demo": DemoArguments}
 
 
 @pytest.fixture
