@@ -19,7 +19,7 @@ STAGE = "mine_pairs"
 answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import read_sentence_pool
+from transencoder.data.pools import input_files, read_sentence_pool
 from transencoder.errors import one_line_errors
 from transencoder.labels import check_output, scores_are_there
 from transencoder.model_files import check_bi_encoders
@@ -31,7 +31,7 @@ from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pa
 @one_line_errors
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
-    output, facts = Path(arguments.output), identity(arguments)
+    output, facts = Path(arguments.output), identity(arguments, input_files(arguments))
     sources = parse_mix(arguments.mix)
     check_output(output)
     if not arguments.overwrite and scores_are_there(output, facts, "pairs"):

@@ -16,7 +16,7 @@ STAGE = "score_pairs"
 answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import check_both_orders, is_ordered, read_pool
+from transencoder.data.pools import check_both_orders, input_files, is_ordered, read_pool
 from transencoder.errors import one_line_errors
 from transencoder.labels import check_output, score_to_file, scores_are_there
 from transencoder.model_files import check_encoders
@@ -28,7 +28,7 @@ from transencoder.scoring import Teachers
 @one_line_errors
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
-    output, facts = Path(arguments.output), identity(arguments)
+    output, facts = Path(arguments.output), identity(arguments, input_files(arguments))
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
     facts |= {"ordered": True} if ordered else {}
     check_both_orders(arguments.both_orders, ordered)

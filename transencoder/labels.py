@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 from accelerate import Accelerator
 
 from transencoder.config.arguments import LabelArguments
-from transencoder.data.hub_sets import COMMITS
-from transencoder.data.pools import is_ordered, read_pool
+from transencoder.data.pools import input_files, is_ordered, read_pool
 from transencoder.data.tables import (
     PAIRS,
     blocks,
@@ -26,7 +25,7 @@ from transencoder.data.tasks import Task
 from transencoder.errors import InputError, storage_error
 from transencoder.model_files import check_encoders
 from transencoder.runtime.files import write_file
-from transencoder.runtime.records import code_version, difference, identity
+from transencoder.runtime.records import HUB_COMMITS, code_version, difference, identity
 from transencoder.runtime.shards import Parts, remove_parts
 from transencoder.scoring import Teachers, score_with
 
@@ -143,7 +142,7 @@ def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerato
     """
     if arguments.scores:
         return pairs
-    path, facts = Path(arguments.output_dir) / "teacher-scores.parquet", identity(arguments)
+    path, facts = Path(arguments.output_dir) / "teacher-scores.parquet", identity(arguments, input_files(arguments))
     if arguments.overwrite or not scores_are_there(path, facts):
         teachers = Teachers(arguments.teachers, arguments.teacher_weights)
         score_to_file(teachers, pairs, path, accelerator, arguments.eval_batch_tokens, arguments.shard_rows, facts)
@@ -169,7 +168,7 @@ def score_to_file(
     (scores,) = score_with(teachers, [pairs], accelerator, batch_tokens, parts)
     if accelerator.is_main_process:
         record = {"world_size": accelerator.num_processes, "code": code_version()}
-        record |= {"hub_datasets": COMMITS} if COMMITS else {}
+        record |= {"hub_datasets": HUB_COMMITS} if HUB_COMMITS else {}
         write_scores(path, pairs, scores, {**facts, **record})
     parts.remove()
     accelerator.wait_for_everyone()
