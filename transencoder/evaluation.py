@@ -67,7 +67,7 @@ def _defined(correlation: Any, predictions: list[float], references: list[float]
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of `METRICS`.
+    """Describe an entry of `METRICS`.
 
     Args:
         compute: gives one value, x 100, under the metric's name.

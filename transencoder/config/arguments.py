@@ -137,7 +137,7 @@ class ContrastiveArguments(TrainingArguments):
 
 @dataclass
 class PoolArguments:
-    """Which of the unlabelled pairs are taken."""
+    """Options of choosing among the unlabelled pairs."""
 
     GROUP = "choice of pairs"
 
@@ -156,7 +156,7 @@ class PoolArguments:
 
 @dataclass
 class LabelArguments(ShardArguments, PoolArguments):
-    """Where a student's pseudo-labels come from: a file of scores, or teachers that score the pairs first."""
+    """Options of a student's pseudo-labels: a file of scores, or teachers that score the pairs first."""
 
     GROUP = "labels: --scores, or --teachers and --pairs"
 

@@ -1,4 +1,4 @@
-"""Options that several scripts share, and how an option is written."""
+"""How an option is written, the form of a registry, and the options that several scripts share."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ def option(
 
     Args:
         help: for --help.
-        default: what it is unless the command line or the recipe says otherwise.
+        default: the value without the command line and the recipe.
         limits: the lowest and the highest value of a number; None for no limit.
         positive: the number must be above 0.
-        identity: whether the option decides what comes out; False for one that changes only how a run goes.
+        identity: whether the option changes the result; False if it changes only how a run goes.
         choices: a registry of `Choice` as "module:ATTRIBUTE", imported when the parser is built.
     """
     metadata = dict(help=help, limits=limits, positive=positive, identity=identity, choices=choices)
@@ -36,7 +36,7 @@ def with_default(base: type, name: str, default: Any, help: str | None = None) -
 
 @dataclass(frozen=True)
 class Choice:
-    """An entry of a registry.
+    """Describe an entry of a registry.
 
     Args:
         function: what does it.
@@ -50,7 +50,7 @@ class Choice:
 
 
 def result_options(arguments: Any) -> dict[str, Any]:
-    """Return the options that decide what comes out, by name."""
+    """Return the options that change the result, by name."""
     fields = dataclasses.fields(arguments)
     return {option.name: getattr(arguments, option.name) for option in fields if option.metadata["identity"]}
 
@@ -93,7 +93,7 @@ class StageArguments(CommonArguments):
 
 @dataclass
 class ShardArguments:
-    """How often the work of a long scoring is saved."""
+    """Options of saving the work of a long scoring."""
 
     GROUP = "scoring"
 
@@ -107,7 +107,7 @@ class ShardArguments:
 
 @dataclass
 class ModelArguments:
-    """How a model is read that does not say it itself."""
+    """Options of reading a plain language model as an encoder."""
 
     GROUP = "models"
 
@@ -118,7 +118,7 @@ class ModelArguments:
 
 @dataclass
 class ReportArguments:
-    """Where a stage that measures something reports it."""
+    """Options of measuring and reporting."""
 
     GROUP = "measuring and reporting"
 
@@ -132,7 +132,7 @@ class ReportArguments:
 
 @dataclass
 class HubTarget:
-    """Where models go on the Hub, and what their cards say that no file tells."""
+    """Options of publishing: where models go, and what their cards cannot read from a file."""
 
     GROUP = "the Hub"
 
@@ -148,7 +148,7 @@ class HubTarget:
 
 @dataclass
 class HubArguments(HubTarget):
-    """Whether a training stage publishes its model."""
+    """Options of publishing the model of a training stage."""
 
     GROUP = HubTarget.GROUP
 

@@ -1,4 +1,4 @@
-"""How a script's words become its arguments: command line > recipe > default; what is unknown is an error."""
+"""Parsing: the command line goes before the recipe, the recipe before the default; an unknown word is an error."""
 
 import dataclasses
 import inspect

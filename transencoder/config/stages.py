@@ -14,12 +14,12 @@ from transencoder.config.arguments import (
 
 @dataclass(frozen=True)
 class Stage:
-    """A script that the driver runs.
+    """Describe a script that the driver runs.
 
     Args:
         arguments: the class of its options.
-        next: commands that take its model, {} stands for the model's folder; for training stages.
-        card: how its model was trained, {loss} stands for the loss that was chosen; for training stages.
+        next: for training stages, the commands that take the model; {} stands for its folder.
+        card: for training stages, how the model was trained; {loss} and others stand for the choice's `card`.
     """
 
     arguments: type
