@@ -18,6 +18,7 @@ answer_early(STAGE, __doc__)
 from torch import Tensor, nn
 
 from transencoder.batches import SentencePairs
+from transencoder.data.pools import input_files
 from transencoder.data.tasks import load_dev
 from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
@@ -41,7 +42,7 @@ def main() -> None:
     examples = training_rows(len(pairs), arguments)
     count_pieces(examples, arguments, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
-    write_run(arguments, STAGE, "running")
+    write_run(arguments, STAGE, "running", input_files(arguments))
 
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), arguments.dropout)
@@ -50,7 +51,7 @@ def main() -> None:
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         first, second = model(**batch["inputs"]).chunk(2)
-        return BI_LOSSES[arguments.loss](first, second, batch["scores"])
+        return BI_LOSSES[arguments.loss].function(first, second, batch["scores"])
 
     facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, facts)

@@ -19,6 +19,7 @@ import numpy as np
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.paper import check_setting
+from transencoder.data.pools import input_files
 from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
@@ -35,7 +36,7 @@ from transencoder.scoring import Teachers
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
     output = Path(arguments.output_dir)
-    if claim(arguments, STAGE, result="results.json"):
+    if claim(arguments, STAGE, input_files(arguments), result="results.json"):
         return log(f"{output / 'results.json'} is complete already")
     accelerator = start(arguments)
 
@@ -44,7 +45,7 @@ def main() -> None:
     if arguments.paper:
         check_setting(arguments.paper, "--paper")
     tasks = [load_task(spec, arguments.data_dir, arguments.columns) for spec in expand_groups(arguments.tasks)]
-    write_run(arguments, STAGE, "running")
+    write_run(arguments, STAGE, "running", input_files(arguments))
 
     sets = [task.pairs for task in tasks]
     inference = Inference(accelerator, arguments.eval_batch_tokens)
@@ -65,7 +66,7 @@ def main() -> None:
         write_json(output / "results.json", results)
         text = f"{markdown_table(header, rows)}\n{origin(results)}"
         write_text(output / "results.md", text)
-        write_run(arguments, STAGE, "complete", world_size=accelerator.num_processes)
+        write_run(arguments, STAGE, "complete", input_files(arguments), world_size=accelerator.num_processes)
         print(text)
         log(f"{output}: results.json, results.md")
     accelerator.end_training()

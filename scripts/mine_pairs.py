@@ -19,7 +19,7 @@ STAGE = "mine_pairs"
 answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import read_sentence_pool
+from transencoder.data.pools import input_files, read_sentence_pool
 from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
 from transencoder.model_checks import check_bi_encoder
@@ -33,7 +33,7 @@ from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 @one_line_errors
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
-    output, metadata = Path(arguments.output), identity(arguments)
+    output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
     sources = parse_mix(arguments.mix)
     check_output(output)
     if not arguments.overwrite and is_made(output, metadata, "pairs"):

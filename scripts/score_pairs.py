@@ -16,7 +16,7 @@ STAGE = "score_pairs"
 answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import check_both_orders, is_ordered, read_pool
+from transencoder.data.pools import check_both_orders, input_files, is_ordered, read_pool
 from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
 from transencoder.inference import Inference
@@ -31,7 +31,7 @@ from transencoder.scoring import Teachers
 @one_line_errors
 def main() -> None:
     arguments = parse_stage(STAGE, __doc__)
-    output, metadata = Path(arguments.output), identity(arguments)
+    output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
     metadata |= {"ordered": True} if ordered else {}
     check_both_orders(arguments.both_orders, ordered)

@@ -16,7 +16,7 @@ STAGE = "train_contrastive"
 answer_early(STAGE, __doc__)
 
 from transencoder.contrastive import DropoutViews, MaskedViews, MLPHead, add_drophead
-from transencoder.data.pools import read_sentence_pool
+from transencoder.data.pools import input_files, read_sentence_pool
 from transencoder.data.tables import sample
 from transencoder.data.tasks import load_dev
 from transencoder.encoders import load_bi_encoder
@@ -40,7 +40,7 @@ def main() -> None:
     sentences = sample(sentences, arguments.num_sentences, arguments.seed)
     count_pieces(len(sentences), arguments, accelerator.num_processes)
     log(f"{len(sentences)} distinct sentences")
-    write_run(arguments, STAGE, "running")
+    write_run(arguments, STAGE, "running", input_files(arguments))
 
     # Drophead takes the place of dropout (Mirror-BERT, section 3).
     dropout = 0.0 if arguments.drophead and arguments.dropout is None else arguments.dropout

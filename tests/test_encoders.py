@@ -264,15 +264,30 @@ def test_each_place_takes_its_kind_of_model(tiny_bert, bi_folder, cross_folder):
     ("file", "content"),
     [
         ("1_Pooling/config.json", {}),
-        ("1_Pooling/config.json", {"pooling_mode": "none"}),
-        ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": ""}]),
+        ("1_Pooling/config.json", {"embedding_dimension": 32, "pooling_mode": "none"}),
+        ("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]),
     ],
 )
-def test_a_bi_encoder_that_does_not_say_how_it_pools_is_refused(bi_folder, file, content):
+def test_a_bi_encoder_that_gives_no_vector_is_refused(bi_folder, file, content):
     (bi_folder / file).write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"^{bi_folder}: "):
-        check_bi_encoder(str(bi_folder))
         scores_of(load_bi_encoder(str(bi_folder)))
+
+
+def test_the_first_token_behind_a_prompt_that_is_left_out_is_the_vector(bi_folder):
+    """Where the pooling leaves the prompt out, "cls" is not the first of all tokens."""
+    from sentence_transformers import SentenceTransformer
+
+    (bi_folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": False})
+    )
+    path = bi_folder / "config_sentence_transformers.json"
+    prompts = {"prompts": {"query": "my late "}, "default_prompt_name": "query"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | prompts))
+    theirs = SentenceTransformer(str(bi_folder), device="cpu")
+    embeddings = [theirs.encode(list(side), convert_to_tensor=True) for side in zip(*PAIRS, strict=True)]
+    expected = torch.cosine_similarity(*embeddings).numpy()
+    np.testing.assert_allclose(scores_of(load_bi_encoder(str(bi_folder))), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transencoder.config.options import Choice
 from transencoder.data.tokens import Preprocessor
 from transencoder.model_checks import check_finite, check_whole, inspect_encoder
 from transencoder.model_files import (
@@ -27,17 +26,10 @@ from transencoder.model_files import (
     root_of,
     told_in_one_line,
 )
+from transencoder.pooling import POOLINGS
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.speed import read_first_token_only
 
-# How the token vectors of a plain language model become one: what sentence-transformers' Pooling calls it.
-POOLINGS = {
-    "cls": Choice("cls", "the first token's vector", "the first token's vector"),
-    "mean": Choice("mean", "the mean of all tokens' vectors", "the mean of the tokens' vectors"),
-    "max": Choice("max", "the maximum of each dimension", "the tokens' maximum in each dimension"),
-    "weightedmean": Choice("weightedmean", "a mean in which later tokens count more", "a mean weighted by position"),
-    "lasttoken": Choice("lasttoken", "the last token's vector, for decoders", "the last token's vector"),
-}
 SAFE = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
 
 

@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 from accelerate import Accelerator
 
 from transencoder.config.arguments import LabelArguments
-from transencoder.data.hub_sets import COMMITS
-from transencoder.data.pools import is_ordered, read_pool
+from transencoder.data.pools import input_files, is_ordered, read_pool
 from transencoder.data.scores import is_made, read_metadata, write_scores
 from transencoder.data.tables import PAIRS, numbers, read_pairs
 from transencoder.data.tasks import Task
@@ -20,7 +19,7 @@ from transencoder.errors import InputError
 from transencoder.inference import Inference
 from transencoder.model_checks import check_encoders
 from transencoder.model_files import model_options
-from transencoder.runtime.records import code_version, identity
+from transencoder.runtime.records import HUB_COMMITS, code_version, identity
 from transencoder.runtime.shards import Shards
 from transencoder.runtime.waiting import wait_long
 from transencoder.scoring import Teachers
@@ -66,7 +65,8 @@ def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerato
     """
     if arguments.scores:
         return pairs
-    path, metadata = Path(arguments.output_dir) / "teacher-scores.parquet", identity(arguments)
+    path = Path(arguments.output_dir) / "teacher-scores.parquet"
+    metadata = identity(arguments, input_files(arguments))
     if arguments.overwrite or not is_made(path, metadata):
         teachers = Teachers(arguments.teachers, arguments.teacher_weights, model_options(arguments))
         inference = Inference(accelerator, arguments.eval_batch_tokens)
@@ -93,7 +93,7 @@ def score_to_file(
     (scores,) = teachers.score([pairs], dataclasses.replace(inference, shards=shards))
     if accelerator.is_main_process:
         record = {"world_size": accelerator.num_processes, "code": code_version()}
-        record |= {"hub_datasets": COMMITS} if COMMITS else {}
+        record |= {"hub_datasets": HUB_COMMITS} if HUB_COMMITS else {}
         write_scores(path, pairs, scores, {**metadata, **record})
     shards.remove()
     wait_long()

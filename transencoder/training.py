@@ -20,6 +20,8 @@ from transformers import get_scheduler
 from transencoder.batches import LengthWindowSampler, make_loader
 from transencoder.config.arguments import TrainingArguments
 from transencoder.config.parsing import parse_stage
+from transencoder.config.stages import STAGES
+from transencoder.data.pools import input_files
 from transencoder.data.tasks import Task
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import BrokenRun, InputError, is_first_process
@@ -37,12 +39,6 @@ from transencoder.sanity import LossWatch, broken_weights
 from transencoder.selection import select_by
 
 LOG_STEPS = 10
-# What is done with a stage's model.
-NEXT = {
-    "train_contrastive": "score_pairs.py --encoders {} --pairs FILE --output bi-scores.parquet",
-    "distill_bi2cross": "score_pairs.py --encoders {} --pairs FILE --output cross-scores.parquet",
-    "distill_cross2bi": "evaluate_encoders.py --encoders {} --tasks NAME=FILE --output_dir DIR, or search.py",
-}
 Batch = dict[str, Any]
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -115,7 +111,7 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
     arguments = parse_stage(stage, description)
     select_by(arguments)
     check_hub(arguments)
-    if claim(arguments, stage):
+    if claim(arguments, stage, input_files(arguments)):
         log(f"{arguments.output_dir} is complete already")
         if is_first_process():
             remove_checkpoints(arguments.output_dir)  # a kill may have come in between
@@ -134,13 +130,13 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
 def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
     """Mark a training stage's output folder as complete, say what is in it, and push it where that was asked for."""
     if accelerator.is_main_process:
-        write_run(arguments, stage, "complete", **facts)
+        write_run(arguments, stage, "complete", input_files(arguments), **facts)
         remove_checkpoints(arguments.output_dir)
     kept = f"step {facts['kept_step']} of {facts['steps']}"
     by = next((name for name in ("dev", "agreement") if name in facts), None)
     score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
     log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
-    log_next(NEXT[stage].format(shlex.quote(arguments.output_dir)))
+    log_next(STAGES[stage].next.format(shlex.quote(arguments.output_dir)))
     if accelerator.is_main_process:
         push_stage(arguments)
 

@@ -25,6 +25,7 @@ from support.loopback_hub import TOKEN, LoopbackHub
 
 from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
+from transencoder.data.pools import input_files
 from transencoder.data.scores import write_scores
 from transencoder.data.tables import read_pairs
 from transencoder.encoders import load_bi_encoder, load_cross_encoder
@@ -78,7 +79,8 @@ def save_encoder(kind, plm, folder, seed):
 
 def record(stage, folder, *words):
     history = HISTORY | ({"swap": True} if stage == "distill_bi2cross" else {})
-    write_run(parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)]), stage, "complete", **history)
+    arguments = parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)])
+    write_run(arguments, stage, "complete", input_files(arguments), **history)
 
 
 def results(folder, encoders, values):

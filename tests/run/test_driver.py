@@ -365,9 +365,9 @@ def test_the_example_pairs_are_what_their_script_makes(tmp_path):
 
 
 def test_every_recipe_is_understood():
-    from transencoder.config.arguments import STAGES
     from transencoder.config.parsing import parse_stage
     from transencoder.config.recipes import as_options, read_recipe
+    from transencoder.config.stages import STAGES
     from transencoder.run.plan import load_plan
 
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):

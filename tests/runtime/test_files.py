@@ -7,7 +7,9 @@ import shutil
 import socket
 import subprocess
 from argparse import Namespace
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import transencoder
+from transencoder.config.stages import STAGES
 from transencoder.data import tables
+from transencoder.data.pools import input_files
 from transencoder.data.scores import check_output, is_made, write_scores
 from transencoder.data.tables import read_pairs
 from transencoder.encoders import load_bi_encoder
@@ -24,8 +28,9 @@ from transencoder.errors import InputError
 from transencoder.inference import token_batches
 from transencoder.labels import read_label_pairs
 from transencoder.model_files import ModelOptions
+from transencoder.runtime import records
 from transencoder.runtime.files import place_model, replacing, write_json
-from transencoder.runtime.records import RUN_FILE, claim, difference, identity, write_run
+from transencoder.runtime.records import RUN_FILE, difference
 
 STAGE = "distill_bi2cross"
 
@@ -161,9 +166,27 @@ def test_placing_into_a_folder_replaces_what_has_the_same_name(tmp_path):
 # --- whose output folder it is ---------------------------------------------------------------------------------------
 
 
-def run_arguments(folder: Path, **changes: object) -> Namespace:
+def some_options(**values: object) -> Any:
+    """These options, with the properties that the stages give them."""
+    known = {option.name: option.metadata for stage in STAGES.values() for option in fields(stage.arguments)}
+    return make_dataclass("Options", [(name, Any, field(metadata=known[name])) for name in values])(**values)
+
+
+def run_arguments(folder: Path, **changes: object) -> Any:
     values = dict(output_dir=str(folder), overwrite=False, seed=1, learning_rate=2e-5, pairs=["a.tsv"], recipe=None)
-    return Namespace(**{**values, **changes})
+    return some_options(**{**values, **changes})
+
+
+def identity(arguments: Any) -> dict[str, Any]:
+    return records.identity(arguments, input_files(arguments))
+
+
+def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
+    return records.claim(arguments, stage, input_files(arguments), result)
+
+
+def write_run(arguments: Any, stage: str, status: str, **metadata: Any) -> None:
+    records.write_run(arguments, stage, status, input_files(arguments), **metadata)
 
 
 def test_a_new_or_empty_folder_is_free(tmp_path):
@@ -327,8 +350,8 @@ def test_where_a_result_goes_is_no_part_of_what_it_is(tmp_path):
     for name in ("recipe.yaml", "scores.parquet"):
         (tmp_path / name).write_text("x")
     recipe, output = (str(tmp_path / name) for name in ("recipe.yaml", "scores.parquet"))
-    with_files = identity(Namespace(seed=1, output=output, recipe=recipe, output_dir=str(tmp_path)))
-    assert with_files == identity(Namespace(seed=1)) == {"seed": 1, "inputs": {}}
+    with_files = identity(some_options(seed=1, output=output, recipe=recipe, output_dir=str(tmp_path)))
+    assert with_files == identity(some_options(seed=1)) == {"seed": 1, "inputs": {}}
 
 
 @pytest.mark.parametrize("status", ["running", "complete"])

@@ -2,16 +2,17 @@
 
 import dataclasses
 import shlex
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from transencoder.config.arguments import STAGES, ScoringArguments
+from transencoder.config.arguments import ScoringArguments
+from transencoder.config.options import StageArguments
 from transencoder.config.parsing import check_numbers, parse_stage
 from transencoder.config.recipes import DRIVER, as_options, check_options, read_recipe
+from transencoder.config.stages import STAGES
 from transencoder.data.paper import check_setting
 from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.data.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title
@@ -313,7 +314,7 @@ def resolve_recipe(
     """
     recipe = read_recipe(path)
     if seed is not None:
-        check_numbers(Namespace(seed=seed))
+        check_numbers(StageArguments(seed=seed))
         recipe["common"] = {**recipe.get("common", {}), "seed": seed}
     if data_dir is not None:
         recipe[DRIVER] = {**recipe.get(DRIVER, {}), "data_dir": data_dir}
