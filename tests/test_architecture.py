@@ -50,7 +50,6 @@ def marked(known: dict[str, str], names: list) -> list:
 
 WRONG = {
     "transencoder/training.py": "pushes what it trained: imports hub.push",
-    "transencoder/demo.py": "a page over search and run, not part of the method",
 }
 
 

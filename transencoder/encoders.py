@@ -87,6 +87,8 @@ class Encoder(nn.Module):
 
     def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write the model as sentence-transformers does. `state`: its gathered weights, where they are sharded."""
+        if self.tokenizer.is_fast:
+            self.tokenizer.backend_tokenizer.no_truncation()  # or the length of training would be saved with it
         with _weights_of(self, state or {}):
             self.model.save_pretrained(str(folder), create_model_card=False)
 
@@ -112,7 +114,9 @@ class BiEncoder(Encoder):
     @property
     def reads_first_token(self) -> bool:
         """Whether nothing but the first token's vector is read of the language model."""
-        return len(self.model) > 1 and getattr(self.model[1], "pooling_mode", None) == "cls"
+        pooling = self.model[1] if len(self.model) > 1 else None
+        # Where the prompt is left out, the first token is the first one behind it.
+        return getattr(pooling, "pooling_mode", None) == "cls" and pooling.include_prompt
 
     @property
     def similarity(self) -> str:
@@ -201,7 +205,8 @@ def load_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: floa
         else:
             changed = dropouts(config, dropout)
             model = SentenceTransformer(name, device="cpu", model_kwargs=dict(SAFE), config_kwargs=changed)
-    encoder = BiEncoder(_checked(name, model), prompts_of(name, options))
+        encoder = BiEncoder(_checked(name, model), prompts_of(name, options))
+        _try(encoder)
     encoder.name = Path(name).name
     return encoder
 
@@ -227,8 +232,9 @@ def load_cross_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: f
         else:
             changed = dropouts(config, dropout)
             model = Model(name, device="cpu", model_kwargs=dict(SAFE), config_kwargs=changed)
-    prompts = (None, None) if new_head else prompts_of(name, options)
-    encoder = CrossEncoder(_checked(name, model), prompts, None if new_head else label_of(name, options.label))
+        prompts = (None, None) if new_head else prompts_of(name, options)
+        encoder = CrossEncoder(_checked(name, model), prompts, None if new_head else label_of(name, options.label))
+        _try(encoder)
     encoder.name = Path(name).name
     return encoder
 
@@ -252,6 +258,14 @@ def _transformer(name: str, task: str, config: Any, dropout: float | None) -> nn
     # Sentences are sentences: a chat template is for models that were tuned with it, which say so themselves.
     transformer.modality_config.pop("message", None)
     return transformer
+
+
+@torch.no_grad()
+def _try(encoder: Encoder) -> None:
+    """Let an encoder score something: what is wrong with its files and is not seen before raises here."""
+    columns = [["a", "a longer text"]] * (2 if encoder.kind == "cross" else 1)
+    for side in (0, 1):
+        encoder(**encoder.preprocessor(side).batch(*columns))
 
 
 def _checked(name: str, model: Any) -> Any:

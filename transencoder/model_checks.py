@@ -92,11 +92,11 @@ def _check_folder(folder: Path, modules: list[dict[str, str]], classifier: bool)
     run = read_model_file(str(folder), RUN_FILE)
     if isinstance(run, dict) and run.get("status") == "running":
         raise InputError(f"{folder}: its training is not finished; run the same command again")
-    root = folder / root_of(modules)
+    root, loader = folder / root_of(modules), _model_type(str(folder)) or "SentenceTransformer"
     weights = list(root.glob("model*.safetensors"))
     if not weights and list(root.glob("pytorch_model*.bin")):
         if modules:
-            raise InputError(pickled(str(folder), "sentence_transformers", "SentenceTransformer", str(folder)))
+            raise InputError(pickled(str(folder), "sentence_transformers", loader, str(folder)))
         auto = "AutoModelForSequenceClassification" if classifier else "AutoModel"
         raise InputError(pickled(str(folder), "transformers", auto, str(folder)))
     if not weights:
@@ -105,7 +105,7 @@ def _check_folder(folder: Path, modules: list[dict[str, str]], classifier: bool)
         inside = folder / module["path"]
         found = list(inside.glob("model*.safetensors"))
         if not found and list(inside.glob("pytorch_model*.bin")):
-            raise InputError(pickled(str(folder), "sentence_transformers", "SentenceTransformer", str(folder)))
+            raise InputError(pickled(str(folder), "sentence_transformers", loader, str(folder)))
         weights += found
     for path in weights:
         if not path.is_file():

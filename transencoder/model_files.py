@@ -26,7 +26,7 @@ class ModelOptions:
     """How encoders are read where their own files leave it open, or where somebody wants it otherwise.
 
     Args:
-        pooling: of a plain language model; a key of `encoders.POOLINGS`.
+        pooling: of a plain language model; a key of `pooling.POOLINGS`.
         prompt_names: of the prompts in the models' own configuration; one for both sentences of a pair, or one each.
         prompts: the same as text, in place of names.
         label: of a classifier with several labels: its probability is the score.
@@ -166,9 +166,12 @@ def prompts_of(name: str, options: ModelOptions) -> tuple[str | None, str | None
             raise InputError(f"--{flag}: give one, or one for each sentence of a pair")
     if options.prompts and options.prompt_names:
         raise InputError("--prompt and --prompt_name exclude one another")
-    config = read_model_file(name, "config_sentence_transformers.json") or {}
-    known = config.get("prompts") or {} if isinstance(config, dict) else {}
-    names = options.prompt_names or ((config["default_prompt_name"],) if config.get("default_prompt_name") else ())
+    config = read_model_file(name, "config_sentence_transformers.json")
+    config = config if isinstance(config, dict) else {}
+    known, default = config.get("prompts") or {}, config.get("default_prompt_name")
+    if not isinstance(known, dict) or not all(isinstance(prompt, str | None) for prompt in [default, *known.values()]):
+        raise InputError(f"{name}: config_sentence_transformers.json: prompts and their names must be texts")
+    names = options.prompt_names or ((default,) if default else ())
     for prompt in names:
         if prompt not in known:
             raise InputError(f"{name}: has no prompt {prompt!r}; it has: {', '.join(known) or 'none'}")

@@ -12,7 +12,8 @@ from conftest import ROOT, random_sentences, save_telling_encoders
 from gradio_client import Client
 
 from transencoder.data.tables import read_pairs
-from transencoder.scoring import Teachers, score_with
+from transencoder.inference import Inference
+from transencoder.scoring import Teachers
 
 DEMO = ROOT / "examples" / "demo.py"
 
@@ -59,7 +60,7 @@ def test_scores_are_those_of_the_stages_and_a_sentence_is_found(client, run, tmp
     folders = {"start": run / "contrastive" / "tiny"}
     folders |= {f"{kind}-encoder": run / "best" / f"{kind}-encoder" for kind in ("bi", "cross")}
     for name, folder in folders.items():
-        (scores,) = score_with(Teachers([str(folder)], both_orders=True), [pairs], accelerator, None)
+        (scores,) = Teachers([str(folder)], both_orders=True).score([pairs], Inference(accelerator))
         assert rows[name] == pytest.approx(scores[0], abs=1e-3), name
     assert rows["mean of both"] == pytest.approx((rows["bi-encoder"] + rows["cross-encoder"]) / 2, abs=2e-3)
 

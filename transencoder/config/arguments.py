@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transencoder.config.options import (
+    EncoderArguments,
     HubArguments,
     ModelArguments,
     ReportArguments,
@@ -107,7 +108,9 @@ class ContrastiveArguments(TrainingArguments):
     mlp_head: bool | None = option(
         "Dense + tanh on top in training, dropped afterwards. Default: true for simcse, false for mirror.", None
     )
-    pooling: Literal["cls", "mean"] = option("How token vectors become a sentence vector.", "cls")
+    pooling: str = option(
+        "How token vectors become a sentence vector.", "cls", choices="transencoder.pooling:POOLINGS"
+    )
     mask_characters: int = option(
         "mirror: length of the masked span, in characters of sentences with >= 30.", 5, limits=(1, None)
     )
@@ -203,7 +206,7 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
 
 
 @dataclass
-class Cross2BiArguments(LabelArguments, TrainingArguments):
+class Cross2BiArguments(ModelArguments, LabelArguments, TrainingArguments):
     """Options of step 3."""
 
     GROUP = "the bi-encoder"
@@ -216,11 +219,10 @@ class Cross2BiArguments(LabelArguments, TrainingArguments):
     num_epochs: int = with_default(TrainingArguments, "num_epochs", 10, "Passes over the data (binary tasks: 15).")
     max_length: int = with_default(TrainingArguments, "max_length", 32, "Most tokens of a sentence.")
     loss: str = option("Loss on the cosine.", "mse", choices="transencoder.losses:BI_LOSSES")
-    pooling: Literal["cls", "mean"] | None = option("Only for a start that does not say how it pools.", None)
 
 
 @dataclass
-class ScoringArguments(ModelArguments, ShardArguments, PoolArguments, StageArguments):
+class ScoringArguments(EncoderArguments, ShardArguments, PoolArguments, StageArguments):
     """Options of labelling, and of scoring a file."""
 
     GROUP = "scoring"
@@ -288,7 +290,7 @@ class MiningArguments(ModelArguments, ShardArguments, StageArguments):
 
 
 @dataclass
-class EvaluationArguments(ModelArguments, ReportArguments, StageArguments):
+class EvaluationArguments(EncoderArguments, ReportArguments, StageArguments):
     """Options of measuring encoders."""
 
     GROUP = "measuring"

@@ -107,7 +107,7 @@ class ShardArguments:
 
 @dataclass
 class ModelArguments:
-    """Options of reading models, where their own files leave it open or somebody wants it otherwise."""
+    """Options of reading bi-encoders, where their own files leave it open or somebody wants it otherwise."""
 
     GROUP = "models"
 
@@ -117,11 +117,19 @@ class ModelArguments:
         choices="transencoder.pooling:POOLINGS",
     )
     prompt_name: list[str] | None = option(
-        "Prompt of a bi-encoder's own configuration; two: of the query or first sentence, and of the passage or second. "
-        "Default: what the model says.",
+        "Prompt of the models' own configuration. Two: of queries or first sentences, and of passages or second ones. "
+        "Default: what the models say.",
         None,
     )
     prompt: list[str] | None = option("The same as text, put before a sentence as it is.", None)
+
+
+@dataclass
+class EncoderArguments(ModelArguments):
+    """Options of reading encoders of both kinds."""
+
+    GROUP = ModelArguments.GROUP
+
     label: str | None = option(
         "Label of a classifier with several, such as entailment: its probability is the score.", None
     )

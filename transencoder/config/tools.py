@@ -5,7 +5,7 @@ from typing import Any
 
 from transencoder.config.options import (
     CommonArguments,
-    ModelArguments,
+    EncoderArguments,
     ShardArguments,
     StageArguments,
     option,
@@ -16,21 +16,13 @@ from transencoder.errors import InputError
 
 
 @dataclass
-class EncoderArguments(ModelArguments, CommonArguments):
-    """Options of reading sentences and running models."""
+class ToolArguments(ShardArguments, EncoderArguments, CommonArguments):
+    """Options of search.py and find_duplicates.py."""
 
     GROUP = "sentences and encoders"
 
-    columns: list[str] | None = option("Rename columns, ours=theirs: sentence=question.", None)
-
-
-@dataclass
-class ToolArguments(ShardArguments, EncoderArguments):
-    """Options of search.py and find_duplicates.py."""
-
-    GROUP = EncoderArguments.GROUP
-
     bi_encoder: str = option("Bi-encoder that finds candidates: a folder or Hub id.")
+    columns: list[str] | None = option("Rename columns, ours=theirs: sentence=question.", None)
     sentences: list[str] | None = option("Sentences, one a line, or FILE(s) or Hub dataset ids with a column.", None)
     eval_batch_tokens: int | None = with_default(StageArguments, "eval_batch_tokens", None)
 

@@ -21,6 +21,7 @@ MODEL_FILES = (
     "*.model",
     "chat_template*",
     "config*.json",
+    "generation_config.json",
     "model*.safetensors*",
     "modules.json",
     "sentence_bert_config.json",
