@@ -18,6 +18,7 @@ from transencoder.embeddings import score_texts
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.errors import InputError
 from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.run.layout import Layout
 from transencoder.run.summary import Round, best_round, collect_rounds
 from transencoder.runtime.accelerator import start
 from transencoder.search.index import Hit, Searcher, SentenceIndex, index_in_memory
@@ -95,9 +96,9 @@ def choose_models(arguments: DemoArguments) -> Choice:
 
 def models_of_run(run: Path) -> dict[str, str | None]:
     """The best encoders of a run and the start of the best bi-encoder's student, as the fields of a `Choice`."""
-    path = run / "recipe.yaml"
+    path = Layout(run).recipe
     if not path.is_file():
-        raise InputError(f"--run {run}: not a run of run_transencoder.sh (no recipe.yaml)")
+        raise InputError(f"--run {run}: not a run of run_transencoder.sh (no {path.name})")
     recipe, rounds = read_recipe(str(path)), [r for r in collect_rounds(run) if r.path]
     if any(r.values.keys() != rounds[0].values.keys() for r in rounds):
         raise InputError(f"--run {run}: not all of its encoders were measured on the same sets")
@@ -115,7 +116,7 @@ def models_of_run(run: Path) -> dict[str, str | None]:
 
 def _kept(run: Path, best: Round) -> str:
     """Where the best encoder of its kind lies: no copy is made of a start from the Hub."""
-    folder = run / "best" / f"{best.kind}-encoder"
+    folder = Layout(run).best(best.kind)
     return str(folder) if folder.is_dir() else best.path
 
 

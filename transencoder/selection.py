@@ -1,5 +1,5 @@
-"""What is kept, with labels or without: the checkpoint that is best on labelled pairs, or that agrees best with its
-teacher, or the last; and of the cycles those before the labels stop changing.
+"""Which checkpoint is kept, with labels or without: the one that is best on labelled pairs, or that agrees best with
+its teacher, or the last. And how far two files of labels agree.
 """
 
 import math
@@ -84,14 +84,3 @@ def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(scores), np.concatenate(pairs)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"{path}: not a file of scores, as score_pairs.py writes them") from error
-
-
-def bi_scores(run: Path, cycle: int) -> Path:
-    """The labels that the driver makes first in a cycle."""
-    return run / f"cycle-{cycle}" / "bi-scores.parquet"
-
-
-def stopped_before(run: Path, cycle: int, stop_at: float | None) -> bool:
-    """Whether the loop ended before `cycle`, because its labels agree with those of the cycle before that much."""
-    files = bi_scores(run, cycle - 1), bi_scores(run, cycle)
-    return stop_at is not None and all(file.is_file() for file in files) and agreement(*files) >= stop_at

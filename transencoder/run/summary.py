@@ -13,10 +13,10 @@ from transencoder.data.paper import row_of
 from transencoder.data.tasks import title
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
+from transencoder.run.completion import is_complete, stopped_before
+from transencoder.run.layout import Layout, encoder_place
 from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
 from transencoder.runtime.files import read_json, write_folder
-from transencoder.runtime.records import RUN_FILE
-from transencoder.selection import stopped_before
 
 
 @dataclass
@@ -56,19 +56,19 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
     Raises:
         InputError: without `so_far`, such a cycle.
     """
-    plan = load_plan(read_recipe(str(run / "recipe.yaml")), str(run / "recipe.yaml"))
+    layout = Layout(run)
+    plan = load_plan(read_recipe(str(layout.recipe)), str(layout.recipe))
     rounds: list[Round] = []
     for cycle in range(plan.cycles + 1):
-        folder = run / f"cycle-{cycle}" if cycle else run / "start"
         if stopped_before(run, cycle, plan.stop_at):
             break
-        through = (folder / "results.json").is_file() if plan.measures else _are_made(run, cycle, plan)
+        through = layout.results(cycle).is_file() if plan.measures else _are_made(run, cycle, plan)
         if not through:
             if so_far:
                 break
-            what = "no results.json" if plan.measures else "not all of its models"
-            raise InputError(f"{folder}: {what}; run_transencoder.sh has not finished there")
-        results = read_results(folder / "results.json") if plan.measures else []
+            what = f"no {layout.results(cycle).name}" if plan.measures else "not all of its models"
+            raise InputError(f"{layout.cycle(cycle)}: {what}; run_transencoder.sh has not finished there")
+        results = read_results(layout.results(cycle)) if plan.measures else []
         for kind in kinds_of(plan, cycle):
             for student in plan.students:
                 rounds.append(_round(run, cycle, kind, student, results))
@@ -84,19 +84,11 @@ def kinds_of(plan: Plan, cycle: int) -> tuple[str, ...]:
     return ("cross", "bi") if cycle and plan.alternate else ("bi",)
 
 
-def _place(cycle: int, kind: str, student: Student) -> str:
-    """Where in a run's folder the driver puts an encoder."""
-    return f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
-
-
 def _are_made(run: Path, cycle: int, plan: Plan) -> bool:
     """Whether all encoders of a cycle are there and whole."""
     made_here = [student for student in plan.students if cycle or not student.bi_encoder]
-    folders = [run / _place(cycle, kind, student) for kind in kinds_of(plan, cycle) for student in made_here]
-    return all(
-        (folder / RUN_FILE).is_file() and read_json(folder / RUN_FILE).get("status") == "complete"
-        for folder in folders
-    )
+    kinds = kinds_of(plan, cycle)
+    return all(is_complete(Layout(run).encoder(cycle, kind, student.name)) for kind in kinds for student in made_here)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -114,7 +106,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
     """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
-    inside = _place(cycle, kind, student)
+    inside = encoder_place(cycle, kind, student.name)
     ready = student.bi_encoder if not cycle else None
     own = [
         entry
@@ -196,11 +188,11 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
     lines, dev = [], dev_of(rounds)
     for kind in sorted({r.kind for r in rounds if r.path}):
         best = best_round(rounds, kind)
-        target = run / "best" / f"{kind}-encoder"
+        target = Layout(run).best(kind)
         if Path(best.path).is_dir():
             write_folder(target, lambda folder, source=best.path: shutil.copytree(source, folder, dirs_exist_ok=True))
             why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
-            lines.append(f"`best/{kind}-encoder` is {best.step} of {best.student} ({why}).")
+            lines.append(f"`{target.relative_to(run)}` is {best.step} of {best.student} ({why}).")
         else:
             lines.append(f"The best {kind}-encoder is the start itself, {best.path} from the Hub: no copy was made.")
     return lines
