@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "distill_bi2cross"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ from transencoder.training import Batch, begin, count_pieces, finish, train
 
 
 @one_line_errors
-def main() -> None:
-    arguments, accelerator = begin(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments, accelerator = begin(STAGE, __doc__, words)
 
     if arguments.carry_over:
         check_cross_encoder(arguments.model_name_or_path, "--carry_over")

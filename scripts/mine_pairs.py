@@ -16,21 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "mine_pairs"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import read_sentence_pool
 from transencoder.errors import one_line_errors
 from transencoder.labels import check_output, scores_are_there
 from transencoder.model_files import check_bi_encoders
-from transencoder.runtime.accelerator import log, log_next, start
+from transencoder.runtime.accelerator import end, log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pairs
 
 
 @one_line_errors
-def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_stage(STAGE, __doc__, words)
     output, facts = Path(arguments.output), identity(arguments)
     sources = parse_mix(arguments.mix)
     check_output(output)
@@ -49,7 +50,7 @@ def main() -> None:
 
     mine_to_file(arguments, sides, accelerator, facts)
     log_next(f"score_pairs.py --encoders DIR --pairs {shlex.quote(arguments.output)} --output FILE.parquet")
-    accelerator.end_training()
+    end(accelerator)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "score_pairs"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import check_both_orders, is_ordered, read_pool
 from transencoder.errors import one_line_errors
 from transencoder.labels import check_output, score_to_file, scores_are_there
 from transencoder.model_files import check_encoders
-from transencoder.runtime.accelerator import log, log_next, start
+from transencoder.runtime.accelerator import end, log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.scoring import Teachers
 
 
 @one_line_errors
-def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_stage(STAGE, __doc__, words)
     output, facts = Path(arguments.output), identity(arguments)
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
     facts |= {"ordered": True} if ordered else {}
@@ -52,7 +53,7 @@ def main() -> None:
     scores = score_to_file(teachers, pairs, output, accelerator, batch_tokens, shard_rows, facts)
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     log_next(f"distill_bi2cross.py, or distill_cross2bi.py, --scores {shlex.quote(arguments.output)}")
-    accelerator.end_training()
+    end(accelerator)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "train_contrastive"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from transencoder.batches import DropoutViews, MaskedViews
 from transencoder.data.pools import read_sentence_pool
@@ -29,8 +30,8 @@ from transencoder.training import begin, count_pieces, finish, train
 
 
 @one_line_errors
-def main() -> None:
-    arguments, accelerator = begin(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments, accelerator = begin(STAGE, __doc__, words)
 
     # Everything that can be wrong with the input, before any weights are loaded.
     check_language_model(arguments.model_name_or_path)

@@ -94,8 +94,12 @@ def outlive(lane, run):
     assert lane.wait(second) == 1 and f"process {worker.pid} on " in second.text and AT_WORK in second.text
     assert complain(second, 1) is None
     worker.resume()
+    record = run / "contrastive/one/run.json"
+    while '"complete"' not in record.read_text():
+        assert worker.is_running()
+        time.sleep(0.01)
+    worker.kill()
     psutil.wait_procs([worker], timeout=60)
-    assert '"complete"' in (run / "contrastive/one/run.json").read_text()
 
 
 @pytest.mark.slow
@@ -184,7 +188,7 @@ def test_a_reader_that_is_gone_is_no_traceback():
 
 def test_an_output_has_one_process_at_a_time(tmp_path):
     output = tmp_path / "run"
-    hold = "import sys, pathlib; from transencoder.processes import lock; lock(pathlib.Path(sys.argv[1])); input()"
+    hold = "import sys, pathlib; from transencoder.runtime.locks import lock; lock(pathlib.Path(sys.argv[1])); input()"
     words = [sys.executable, "-c", hold, str(output)]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(others.ROOT)})
     while not (tmp_path / ".run.lock").exists() or not (tmp_path / ".run.lock").read_text():

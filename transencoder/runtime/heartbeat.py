@@ -4,6 +4,7 @@ the lost machine's part of a sum until the process group's own limit, which is h
 
 import atexit
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -102,6 +103,7 @@ class Heartbeat:
         return f"nothing heard from {', '.join(names)} for {self.silence:.0f} s"
 
 
+@functools.cache
 def watch_machines() -> Heartbeat | None:
     """Start the heartbeat of this machine, in its first process, where there are several machines.
 
