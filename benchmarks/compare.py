@@ -46,7 +46,7 @@ WITHOUT = {  # what is left out -> the options that do so, or the name in a modu
     "length buckets": ["--length_window", "1"],
     "small batches": ["--eval_batch_tokens", "16384"],
     "first token only": "transencoder.encoders.read_first_token_only",
-    "cheap dropout": "transencoder.training.use_processor_dropout",
+    "cheap dropout": "transencoder.training.use_cpu_dropout",
     "kept memory": "transencoder.training.keep_freed_memory",
     "released memory": "transencoder.training.release_freed_memory",
     "few primitives": "transencoder.runtime.accelerator.keep_few_primitives",
@@ -65,7 +65,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="of all trainings (2e-4: for tiny models)")
     parser.add_argument("--dev", help="labelled pairs (column score) that a cycle's models are measured on")
     parser.add_argument("--peer", choices=("peer", "authors"), default="peer", help="how the peer trains (peer)")
-    parser.add_argument("--without", choices=WITHOUT, help="measure what this shortcut brings, in place of the peer")
+    parser.add_argument(
+        "--without", choices=WITHOUT, help="measure what this optimization brings, in place of the peer"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # of a worker: both sides of a pair have the same
     arguments = parser.parse_args()
@@ -343,12 +345,12 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
     import numpy as np
     import torch
 
+    from transencoder.data.scores import write_scores
     from transencoder.data.tables import read_pairs
-    from transencoder.encoders import CrossEncoder
-    from transencoder.labels import write_scores
+    from transencoder.encoders import load_cross_encoder
 
     torch.manual_seed(0)
-    CrossEncoder.from_pretrained(arguments.plm).save_pretrained(folder / "cross")
+    load_cross_encoder(arguments.plm).save_pretrained(folder / "cross")
     pairs = read_pairs([arguments.pairs], None)
     pairs = pairs.select(range(min(arguments.num_pairs, len(pairs))))
     scores = np.random.default_rng(0).random(len(pairs), dtype=np.float32)

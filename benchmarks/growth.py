@@ -57,7 +57,8 @@ def make_models(folder: Path) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    from transencoder.encoders import BiEncoder, CrossEncoder
+    from transencoder.encoders import load_bi_encoder, load_cross_encoder
+    from transencoder.model_files import ModelOptions
     from transencoder.runtime.accelerator import quiet_libraries
 
     special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -73,8 +74,8 @@ def make_models(folder: Path) -> None:
     BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=64, **size)).save_pretrained(folder / "plm")
     fast.save_pretrained(folder / "plm")
     quiet_libraries()
-    BiEncoder.from_pretrained(str(folder / "plm"), "mean").save_pretrained(folder / "bi")
-    CrossEncoder.from_pretrained(str(folder / "plm")).save_pretrained(folder / "cross")
+    load_bi_encoder(str(folder / "plm"), ModelOptions("mean")).save_pretrained(folder / "bi")
+    load_cross_encoder(str(folder / "plm")).save_pretrained(folder / "cross")
 
 
 def make_pairs(path: Path, size: int) -> None:

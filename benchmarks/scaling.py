@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Step 2 under one process and under two, with every engine: speed as a ratio, bytes exchanged, memory.
+r"""Step 2 under one process and under two, under every backend: speed as a ratio, bytes exchanged, memory.
 
 The global batch is the same everywhere, each process has one thread, and the layouts take turns, so that what else the
 machine does falls on all of them. Bytes are what the loopback device carried: run it where nothing else uses that,

@@ -20,13 +20,13 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from transencoder.batches import PairInputs
-from transencoder.data.pools import swap_of
+from transencoder.data.pools import input_files, swap_of
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import CrossEncoder
+from transencoder.encoders import load_cross_encoder
 from transencoder.errors import one_line_errors
 from transencoder.labels import order_matters, pseudo_labels, read_label_pairs
-from transencoder.losses import CROSS_LOSSES, bce_targets, rescaled
-from transencoder.model_files import check_cross_encoder, check_language_model
+from transencoder.losses import CROSS_LOSSES, bce_targets
+from transencoder.model_checks import check_cross_encoder, check_language_model
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
@@ -47,16 +47,16 @@ def main(words: list[str] | None = None) -> None:
     examples = training_rows(len(pairs), arguments) * (2 if swap else 1)
     count_pieces(examples, arguments, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
-    write_run(arguments, STAGE, "running")
+    write_run(arguments, STAGE, "running", input_files(arguments))
 
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
     set_seed(arguments.seed)  # again: the head is random, and teachers may have drawn numbers
-    encoder = CrossEncoder.from_pretrained(arguments.model_name_or_path, arguments.max_length, arguments.dropout)
-    rows = PairInputs(labels, encoder.tokenizer, encoder.max_length, swap)
-    rows.scores = bce_targets(rescaled(rows.scores, arguments.rescale), arguments.negatives)
+    encoder = load_cross_encoder(arguments.model_name_or_path, dropout=arguments.dropout)
+    rows = PairInputs(labels, encoder, arguments.max_length, swap)
+    rows.scores = bce_targets(rows.scores, arguments.rescale, arguments.negatives)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-        return CROSS_LOSSES[arguments.loss](model(**batch["inputs"]), batch["scores"])
+        return CROSS_LOSSES[arguments.loss].function(model(**batch["inputs"]), batch["scores"])
 
     facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, {**facts, "swap": swap})

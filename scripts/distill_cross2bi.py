@@ -19,12 +19,14 @@ if __name__ == "__main__":
 from torch import Tensor, nn
 
 from transencoder.batches import SentencePairs
+from transencoder.data.pools import input_files
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.labels import pseudo_labels, read_label_pairs
 from transencoder.losses import BI_LOSSES
-from transencoder.model_files import check_bi_encoder
+from transencoder.model_checks import check_bi_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
@@ -35,23 +37,22 @@ from transencoder.training import Batch, begin, count_pieces, finish, train
 def main(words: list[str] | None = None) -> None:
     arguments, accelerator = begin(STAGE, __doc__, words)
 
-    check_bi_encoder(arguments.model_name_or_path, arguments.pooling)
+    check_bi_encoder(arguments.model_name_or_path, model_options(arguments))
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments, dev)
     examples = training_rows(len(pairs), arguments)
     count_pieces(examples, arguments, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
-    write_run(arguments, STAGE, "running")
+    write_run(arguments, STAGE, "running", input_files(arguments))
 
     labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
-    encoder = BiEncoder.from_pretrained(
-        arguments.model_name_or_path, arguments.pooling, arguments.max_length, arguments.dropout
-    )
-    rows = SentencePairs(labels, encoder.tokenizer, encoder.max_length)
+    encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), arguments.dropout)
+    encoder.compare_by_cosine()
+    rows = SentencePairs(labels, encoder, arguments.max_length)
 
     def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         first, second = model(**batch["inputs"]).chunk(2)
-        return BI_LOSSES[arguments.loss](first, second, batch["scores"])
+        return BI_LOSSES[arguments.loss].function(first, second, batch["scores"])
 
     facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
     finish(accelerator, arguments, STAGE, facts)

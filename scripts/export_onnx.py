@@ -17,7 +17,8 @@ from transencoder.config.parsing import StageParser
 from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.hub.export import ONNX_FILE, check_packages, export_onnx
-from transencoder.model_files import check_encoders
+from transencoder.model_checks import check_encoders
+from transencoder.model_files import ModelOptions
 from transencoder.runtime.accelerator import log, quiet_libraries
 
 
@@ -39,9 +40,10 @@ def main() -> None:
     if folder.exists() and not (arguments.overwrite and (folder / ONNX_FILE).is_file()):
         advice = "add --overwrite or " if (folder / ONNX_FILE).is_file() else ""
         raise InputError(f"{folder}: exists; {advice}choose another folder")
-    check_encoders([arguments.encoder], arguments.pooling)
+    options = ModelOptions(arguments.pooling)
+    check_encoders([arguments.encoder], options)
 
-    difference = export_onnx(load_encoder(arguments.encoder, arguments.pooling), folder)
+    difference = export_onnx(load_encoder(arguments.encoder, options), folder)
     log(f"{folder / ONNX_FILE}: the scores of the original, but for {difference:.1g}")
 
 

@@ -6,6 +6,7 @@ python scripts/find_duplicates.py --bi_encoder runs/mine/best/bi-encoder --cross
 """
 
 import csv
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -15,16 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import datasets
 
 from transencoder.config.tools import DuplicatesArguments, parse_tool
-from transencoder.data.tables import PAIRS, read_sentences
+from transencoder.data.tables import PAIRS, SENTENCES, read_sentences
+from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError, one_line_errors
-from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.inference import Inference
+from transencoder.model_checks import check_bi_encoder, check_cross_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
-from transencoder.runtime.records import model_identity
-from transencoder.runtime.shards import Parts
-from transencoder.scoring import Teachers, score_with
+from transencoder.runtime.optional import load_optional
+from transencoder.runtime.shards import Shards
+from transencoder.scoring import Teachers
 from transencoder.search.clusters import candidate_pairs, communities
+from transencoder.search.index import check_searchable, index_metadata
 from transencoder.search.neighbours import vector_index
 
 
@@ -36,29 +41,30 @@ def main() -> None:
         raise InputError(f"--output {output}: must be the name of a .csv file")
     if not arguments.sentences:
         raise InputError("--sentences: give the file to search through")
-    check_bi_encoder(arguments.bi_encoder, arguments.pooling)
-    check_cross_encoder(arguments.cross_encoder, "--cross_encoder")
+    options = model_options(arguments)
+    for name in ("faiss", "networkx"):
+        load_optional(name)
+    check_bi_encoder(arguments.bi_encoder, options)
+    check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
     sentences = read_sentences(arguments.sentences, arguments.columns)
     accelerator = start(arguments)
 
-    facts = {"model": model_identity(arguments.bi_encoder, arguments.pooling), "sentences": len(sentences)}
+    metadata = {**index_metadata(arguments.bi_encoder, options), "sentences": len(sentences)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = Parts(output, facts, arguments.shard_rows, accelerator)
-    vectors = embed(
-        [arguments.bi_encoder],
-        sentences,
-        parts.folder / "sentences.vec",
-        accelerator,
-        arguments.eval_batch_tokens,
-        parts,
-        arguments.pooling,
-    )
-    rows = candidate_pairs(vector_index(vectors, parts.folder, arguments.seed), vectors, arguments.neighbours)
+    shards = Shards(output, metadata, arguments.shard_rows, accelerator)
+    inference = Inference(accelerator, arguments.eval_batch_tokens)
+    encoder = inference.load(arguments.bi_encoder, options)
+    check_searchable(encoder)
+    kept = dataclasses.replace(inference, shards=shards)
+    tokens = tokenize(sentences, SENTENCES, encoder.preprocessor())
+    vectors = embed([(encoder, [tokens])], shards.folder / "sentences.vec", kept)
+    index = vector_index(vectors, shards.folder, arguments.seed, encoder.similarity)
+    rows = candidate_pairs(index, vectors, arguments.neighbours)
     pairs = datasets.Dataset.from_dict({name: sentences[rows[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
-    teachers = Teachers([arguments.bi_encoder, arguments.cross_encoder], pooling=arguments.pooling, both_orders=True)
-    (scores,) = score_with(teachers, [pairs], accelerator, arguments.eval_batch_tokens)
+    teachers = Teachers([arguments.bi_encoder, arguments.cross_encoder], options=options, both_orders=True)
+    (scores,) = teachers.score([pairs], inference)
     groups = communities(rows, scores, arguments.threshold, arguments.seed)
-    parts.remove()
+    shards.remove()
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

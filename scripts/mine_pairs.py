@@ -20,26 +20,29 @@ if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import read_sentence_pool
+from transencoder.data.pools import input_files, read_sentence_pool
+from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
-from transencoder.labels import check_output, scores_are_there
-from transencoder.model_files import check_bi_encoders
+from transencoder.model_checks import check_bi_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import end, log, log_next, start
 from transencoder.runtime.records import identity
-from transencoder.search.mining import Sides, mine_to_file, parse_mix, wanted_pairs
+from transencoder.search.mining import mine_to_file
+from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 
 
 @one_line_errors
 def main(words: list[str] | None = None) -> None:
     arguments = parse_stage(STAGE, __doc__, words)
-    output, facts = Path(arguments.output), identity(arguments)
+    output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
     sources = parse_mix(arguments.mix)
     check_output(output)
-    if not arguments.overwrite and scores_are_there(output, facts, "pairs"):
+    if not arguments.overwrite and is_made(output, metadata, "pairs"):
         return log(f"{output} is complete already")
     accelerator = start(arguments)
 
-    check_bi_encoders(arguments.encoders, arguments.pooling)
+    for name in arguments.encoders:
+        check_bi_encoder(name, model_options(arguments))
     first = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
     second = first
     if arguments.sentences_b:
@@ -48,7 +51,7 @@ def main(words: list[str] | None = None) -> None:
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
     log(f"{len(first)} sentences{'' if sides.single else f' and {len(second)}'}, {sum(wanted)} pairs wanted")
 
-    mine_to_file(arguments, sides, accelerator, facts)
+    mine_to_file(arguments, sides, accelerator, metadata)
     log_next(f"score_pairs.py --encoders DIR --pairs {shlex.quote(arguments.output)} --output FILE.parquet")
     end(accelerator)
 

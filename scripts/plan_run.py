@@ -53,7 +53,7 @@ def main() -> None:
     from transencoder.run.plan import keep_recipe, load_plan, resolve_recipe
     from transencoder.run.stages import make_stages, write_stages
     from transencoder.runtime.accelerator import quiet_libraries
-    from transencoder.runtime.backends import processor_cores, without_gpu
+    from transencoder.runtime.backends import cpu_cores, without_gpu
 
     quiet_libraries()
     models = {"plm": arguments.plm, "bi_encoder": arguments.bi_encoder}
@@ -80,7 +80,7 @@ def main() -> None:
     layout.outcome(student).unlink(missing_ok=True)
     print(layout.outcome(student))
     print(student or "")
-    print(processor_cores() if without_gpu() and arguments.launcher == "accelerate launch" else "")
+    print(cpu_cores() if without_gpu() and arguments.launcher == "accelerate launch" else "")
 
 
 if __name__ == "__main__":

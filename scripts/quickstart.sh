@@ -29,7 +29,7 @@ done
 
 cd "$checkout"
 source scripts/environment.sh requirements.txt
-[[ $plm ]] || plm=$(python scripts/fetch_bert_tiny.py .models)
+[[ $plm ]] || plm=$(python scripts/bert_tiny_without_hub.py .models)
 # Physical cores, or fewer where this process may not use them all.
 cores=$(python -c 'import os, psutil; print(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))')
 bash scripts/run_transencoder.sh --recipe recipes/quickstart.yaml --output_dir "${run#"$checkout/"}" --plm "$plm" \

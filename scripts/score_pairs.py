@@ -17,10 +17,13 @@ if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import check_both_orders, is_ordered, read_pool
+from transencoder.data.pools import check_both_orders, input_files, is_ordered, read_pool
+from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
-from transencoder.labels import check_output, score_to_file, scores_are_there
-from transencoder.model_files import check_encoders
+from transencoder.inference import Inference
+from transencoder.labels import score_to_file
+from transencoder.model_checks import check_encoders
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import end, log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.scoring import Teachers
@@ -29,28 +32,29 @@ from transencoder.scoring import Teachers
 @one_line_errors
 def main(words: list[str] | None = None) -> None:
     arguments = parse_stage(STAGE, __doc__, words)
-    output, facts = Path(arguments.output), identity(arguments)
+    output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
-    facts |= {"ordered": True} if ordered else {}
+    metadata |= {"ordered": True} if ordered else {}
     check_both_orders(arguments.both_orders, ordered)
     check_output(output)
-    if not arguments.overwrite and scores_are_there(output, facts):
+    if not arguments.overwrite and is_made(output, metadata):
         return log(f"{output} is complete already")
     accelerator = start(arguments)
 
-    check_encoders(arguments.encoders, arguments.pooling)
+    options = model_options(arguments)
+    check_encoders(arguments.encoders, options)
     pairs = read_pool(arguments, arguments.drop_duplicates)
     log(f"{len(pairs)} pairs")
 
     teachers = Teachers(
         arguments.encoders,
         arguments.teacher_weights,
-        arguments.pooling,
+        options,
         arguments.both_orders,
         arguments.lexical_weight,
     )
-    batch_tokens, shard_rows = arguments.eval_batch_tokens, arguments.shard_rows
-    scores = score_to_file(teachers, pairs, output, accelerator, batch_tokens, shard_rows, facts)
+    inference = Inference(accelerator, arguments.eval_batch_tokens)
+    scores = score_to_file(teachers, pairs, output, inference, arguments.shard_rows, metadata)
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     log_next(f"distill_bi2cross.py, or distill_cross2bi.py, --scores {shlex.quote(arguments.output)}")
     end(accelerator)

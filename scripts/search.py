@@ -18,9 +18,10 @@ import numpy as np
 
 from transencoder.config.tools import SearchArguments, parse_tool
 from transencoder.data.tables import read_pairs, read_sentences, sentence_parts
-from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
-from transencoder.model_files import check_bi_encoder, check_cross_encoder
+from transencoder.inference import Inference
+from transencoder.model_checks import check_bi_encoder, check_cross_encoder
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
 from transencoder.search.index import (
@@ -28,6 +29,7 @@ from transencoder.search.index import (
     Searcher,
     add_sentences,
     check_index,
+    check_searchable,
     load_index,
     new_sentences,
     partners,
@@ -37,11 +39,12 @@ from transencoder.search.index import (
 
 def open_searcher(arguments: SearchArguments) -> Searcher:
     """Check everything, bring the index up to date, load the models."""
-    check_bi_encoder(arguments.bi_encoder, arguments.pooling)
+    options = model_options(arguments)
+    check_bi_encoder(arguments.bi_encoder, options)
     if arguments.cross_encoder:
-        check_cross_encoder(arguments.cross_encoder, "--cross_encoder")
+        check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
     folder = Path(arguments.index)
-    there = check_index(folder, arguments.bi_encoder, arguments.pooling)
+    there = check_index(folder, arguments.bi_encoder, options)
     if not there and not arguments.sentences:
         raise InputError(f"--index {folder}: there is none yet; give --sentences FILE to make it")
     sentences = read_sentences(arguments.sentences, arguments.columns) if arguments.sentences else []
@@ -51,14 +54,14 @@ def open_searcher(arguments: SearchArguments) -> Searcher:
     if arguments.top_k > size:
         raise InputError(f"--top_k {arguments.top_k}: the index holds {size} sentences")
     accelerator = start(arguments)
+    inference = Inference(accelerator, arguments.eval_batch_tokens)
+    bi_encoder = inference.load(arguments.bi_encoder, options)
+    check_searchable(bi_encoder)
     if len(fresh):
-        index = add_sentences(folder, index, fresh, arguments, accelerator)
+        index = add_sentences(folder, index, fresh, bi_encoder, arguments, inference)
         log(f"{folder}: {len(index)} sentences, {len(fresh)} of them new")
-    encoders = [
-        load_encoder(name, arguments.pooling).to(accelerator.device).eval() if name else None
-        for name in (arguments.bi_encoder, arguments.cross_encoder)
-    ]
-    return Searcher(index, *encoders, accelerator, arguments.candidates)
+    cross_encoder = inference.load(arguments.cross_encoder, options) if arguments.cross_encoder else None
+    return Searcher(index, bi_encoder, cross_encoder, inference, arguments.candidates)
 
 
 def queries_in(path: str | None) -> list[str]:

@@ -16,14 +16,15 @@ STAGE = "train_contrastive"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
-from transencoder.batches import DropoutViews, MaskedViews
-from transencoder.data.pools import read_sentence_pool
+from transencoder.contrastive import DropoutViews, MaskedViews, MLPHead, add_drophead
+from transencoder.data.pools import input_files, read_sentence_pool
 from transencoder.data.tables import sample
 from transencoder.data.tasks import load_dev
-from transencoder.encoders import BiEncoder, MLPHead, add_drophead
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.losses import InfoNCE
-from transencoder.model_files import check_language_model
+from transencoder.model_checks import check_language_model
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.training import begin, count_pieces, finish, train
@@ -40,19 +41,19 @@ def main(words: list[str] | None = None) -> None:
     sentences = sample(sentences, arguments.num_sentences, arguments.seed)
     count_pieces(len(sentences), arguments, accelerator.num_processes)
     log(f"{len(sentences)} distinct sentences")
-    write_run(arguments, STAGE, "running")
+    write_run(arguments, STAGE, "running", input_files(arguments))
 
     # Drophead takes the place of dropout (Mirror-BERT, section 3).
     dropout = 0.0 if arguments.drophead and arguments.dropout is None else arguments.dropout
-    encoder = BiEncoder.from_pretrained(arguments.model_name_or_path, arguments.pooling, arguments.max_length, dropout)
+    encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), dropout)
     if arguments.mlp_head:
-        encoder.head = MLPHead(encoder.backbone.config.hidden_size)
+        encoder.head = MLPHead(encoder.width)
     if arguments.drophead:
         add_drophead(encoder, arguments.drophead)
     if arguments.method == "mirror":
-        rows = MaskedViews(sentences, encoder.tokenizer, encoder.max_length, arguments.mask_characters, arguments.seed)
+        rows = MaskedViews(sentences, encoder, arguments.max_length, arguments.mask_characters, arguments.seed)
     else:
-        rows = DropoutViews(sentences, encoder.tokenizer, encoder.max_length)
+        rows = DropoutViews(sentences, encoder, arguments.max_length)
 
     facts = train(accelerator, encoder, rows, InfoNCE(arguments.temperature), arguments, dev)
     finish(accelerator, arguments, STAGE, facts)

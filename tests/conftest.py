@@ -182,38 +182,39 @@ def write_corpus(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def bi_encoder(tiny_bert, tmp_path_factory) -> Path:
     """Folder of a bi-encoder on the tiny BERT."""
-    from transencoder.encoders import BiEncoder
+    from transencoder.encoders import load_bi_encoder
+    from transencoder.model_files import ModelOptions
 
     folder = tmp_path_factory.mktemp("bi") / "bi"
-    folder.mkdir()
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def cross_encoder(tiny_bert, tmp_path_factory) -> Path:
     """Folder of a cross-encoder on the tiny BERT, with a random head."""
-    from transencoder.encoders import CrossEncoder
+    from transencoder.encoders import load_cross_encoder
 
     folder = tmp_path_factory.mktemp("cross") / "cross"
-    folder.mkdir()
     torch.manual_seed(0)
-    CrossEncoder.from_pretrained(str(tiny_bert)).save_pretrained(folder)
+    load_cross_encoder(str(tiny_bert)).save_pretrained(folder)
     return folder
 
 
 def save_telling_encoders(folder: Path, tiny_bert: Path, max_lengths: tuple = (None, None)) -> None:
     """Folders "bi" and "cross", with weights so large that scores differ. `max_lengths`: of the two, in tokens."""
-    from transencoder.encoders import BiEncoder, CrossEncoder
+    from transencoder.encoders import load_bi_encoder, load_cross_encoder
+    from transencoder.model_files import ModelOptions
 
     torch.manual_seed(0)
-    encoders = {"bi": BiEncoder.from_pretrained(str(tiny_bert), "mean", max_lengths[0])}
-    encoders["cross"] = CrossEncoder.from_pretrained(str(tiny_bert), max_lengths[1])
+    encoders = {"bi": load_bi_encoder(str(tiny_bert), ModelOptions("mean"))}
+    encoders["cross"] = load_cross_encoder(str(tiny_bert))
+    for encoder, length in zip(encoders.values(), max_lengths, strict=True):
+        encoder.model.max_seq_length = length or encoder.max_length
     for parameter in encoders["bi"].parameters():
         parameter.data.mul_(10 if parameter.ndim > 1 else 1)
     encoders["cross"].backbone.classifier.weight.data.mul_(50)
     for kind, encoder in encoders.items():
-        (folder / kind).mkdir()
         encoder.save_pretrained(folder / kind)
 
 

@@ -29,11 +29,13 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
+from transencoder.encoders import load_bi_encoder, load_cross_encoder, load_encoder
 from transencoder.hub.export import export_onnx
-from transencoder.model_files import inspect_encoder
+from transencoder.inference import Inference
+from transencoder.model_checks import inspect_encoder
+from transencoder.model_files import ModelOptions
 from transencoder.runtime.files import MODEL_FILES
-from transencoder.scoring import PreparedPairs, score_prepared
+from transencoder.scoring import PreparedPairs
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 LENGTH = 40  # positions that a model is given
@@ -155,7 +157,7 @@ def without_autocast():
 
 def scores_of(encoder, pairs=PAIRS):
     table = datasets.Dataset.from_dict({"sentence1": [a for a, _ in pairs], "sentence2": [b for _, b in pairs]})
-    return score_prepared(encoder, PreparedPairs(encoder, table), Accelerator(mixed_precision="no", cpu=True), 400)
+    return PreparedPairs(encoder, table).score(encoder, Inference(Accelerator(mixed_precision="no", cpu=True), 400))
 
 
 def cosines(model):
@@ -166,7 +168,8 @@ def cosines(model):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_plain_model_scores_as_in_sentence_transformers(start, pooling, tmp_path):
     assert inspect_encoder(start) == "plm"
-    encoder = BiEncoder.from_pretrained(start, pooling, max_length=30)
+    encoder = load_bi_encoder(start, ModelOptions(pooling))
+    encoder.model.max_seq_length = 30
     ours = scores_of(encoder)
     assert np.ptp(ours) > 0.05
     transformer = Transformer(start, max_seq_length=30)
@@ -189,7 +192,8 @@ def test_a_plain_model_scores_as_in_sentence_transformers(start, pooling, tmp_pa
 
 def test_a_cross_encoder_scores_as_in_sentence_transformers(start, tmp_path):
     torch.manual_seed(1)
-    encoder = CrossEncoder.from_pretrained(start, max_length=30)
+    encoder = load_cross_encoder(start)
+    encoder.model.max_seq_length = 30
     for layer in encoder.backbone.modules():
         if getattr(layer, "out_features", None) == 1:
             layer.weight.data.mul_(50)
@@ -205,7 +209,7 @@ def test_a_cross_encoder_scores_as_in_sentence_transformers(start, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bi", "cross"])
 def test_a_text_as_long_as_the_models_positions_goes_through(start, kind):
-    encoder = BiEncoder.from_pretrained(start, "mean") if kind == "bi" else CrossEncoder.from_pretrained(start)
+    encoder = load_bi_encoder(start, ModelOptions("mean")) if kind == "bi" else load_cross_encoder(start)
     assert encoder.max_length == LENGTH
     assert np.isfinite(scores_of(encoder, [("refund " * 60, "late " * 60), ("pay", "my plan")])).all()
 
@@ -214,7 +218,7 @@ def test_a_text_as_long_as_the_models_positions_goes_through(start, kind):
 def test_the_rest_of_the_batch_changes_no_score(start, kind):
     """Padding is the tokenizer's own number, and is masked out."""
     torch.manual_seed(1)
-    encoder = BiEncoder.from_pretrained(start, "mean") if kind == "bi" else CrossEncoder.from_pretrained(start)
+    encoder = load_bi_encoder(start, ModelOptions("mean")) if kind == "bi" else load_cross_encoder(start)
     together = scores_of(encoder)
     alone = [scores_of(encoder, [pair])[0] for pair in PAIRS[:4]]
     np.testing.assert_allclose(together[:4], alone, atol=1e-5)
@@ -223,5 +227,5 @@ def test_the_rest_of_the_batch_changes_no_score(start, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bi", "cross"])
 def test_every_architecture_can_be_exported(start, kind, tmp_path):
-    encoder = BiEncoder.from_pretrained(start, "mean") if kind == "bi" else CrossEncoder.from_pretrained(start)
+    encoder = load_bi_encoder(start, ModelOptions("mean")) if kind == "bi" else load_cross_encoder(start)
     assert export_onnx(encoder, tmp_path / "onnx") < 1e-4

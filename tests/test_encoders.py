@@ -30,13 +30,17 @@ from transformers import (
     RobertaConfig,
 )
 
-from transencoder import embeddings, scoring
-from transencoder.encoders import BiEncoder, CrossEncoder, MLPHead, add_drophead, load_encoder
+from transencoder import embeddings
+from transencoder.contrastive import MLPHead, add_drophead
+from transencoder.encoders import BiEncoder, CrossEncoder, load_bi_encoder, load_cross_encoder, load_encoder
 from transencoder.errors import InputError
-from transencoder.model_files import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
-from transencoder.runtime.shards import Parts
-from transencoder.scoring import PreparedPairs, Teachers, score_prepared, score_with
+from transencoder.inference import Inference
+from transencoder.model_checks import check_bi_encoder, check_encoders, check_language_model, inspect_encoder
+from transencoder.model_files import ModelOptions
+from transencoder.runtime.shards import Shards
+from transencoder.scoring import PreparedPairs, Teachers
 
+MEAN, CLS = ModelOptions("mean"), ModelOptions("cls")
 PAIRS = [(row["sentence1"], row["sentence2"]) for row in random_pairs(24)]
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 VOCABULARY = len(make_tokenizer())
@@ -67,7 +71,13 @@ def save_model(folder: Path, config: PretrainedConfig, **tokenizer_options: obje
 
 def embed(encoder: BiEncoder, *sentences: str) -> torch.Tensor:
     with torch.no_grad():
-        return encoder(**encoder.tokenizer(list(sentences), padding=True, return_tensors="pt"))
+        return encoder(**encoder.preprocessor().batch(list(sentences)))
+
+
+def with_length(encoder: BiEncoder | CrossEncoder, tokens: int) -> BiEncoder | CrossEncoder:
+    """The encoder, which says itself that its inputs are that long at most."""
+    encoder.model.max_seq_length = tokens
+    return encoder
 
 
 def pairs_table() -> datasets.Dataset:
@@ -83,7 +93,8 @@ def plain_accelerator() -> Accelerator:
 def scores_of(encoder: BiEncoder | CrossEncoder) -> np.ndarray:
     """The encoder's scores of `PAIRS`, on a CPU or GPU."""
     accelerator = plain_accelerator()
-    return score_prepared(encoder.to(accelerator.device), PreparedPairs(encoder, pairs_table()), accelerator, 256)
+    prepared = PreparedPairs(encoder, pairs_table())
+    return prepared.score(encoder.to(accelerator.device), Inference(accelerator, 256))
 
 
 @pytest.fixture
@@ -91,7 +102,7 @@ def bi_folder(tiny_bert, tmp_path) -> Path:
     """A saved bi-encoder: mean pooling, 12 tokens."""
     folder = tmp_path / "bi"
     folder.mkdir()
-    BiEncoder.from_pretrained(str(tiny_bert), "mean", max_length=12).save_pretrained(folder)
+    with_length(load_bi_encoder(str(tiny_bert), MEAN), 12).save_pretrained(folder)
     return folder
 
 
@@ -101,7 +112,7 @@ def cross_folder(tiny_bert, tmp_path) -> Path:
     folder = tmp_path / "cross"
     folder.mkdir()
     torch.manual_seed(0)
-    encoder = CrossEncoder.from_pretrained(str(tiny_bert), max_length=20)
+    encoder = with_length(load_cross_encoder(str(tiny_bert)), 20)
     encoder.backbone.classifier.weight.data.mul_(50)
     encoder.save_pretrained(folder)
     return folder
@@ -116,7 +127,7 @@ def test_folders_say_what_they_hold(tiny_bert, bi_folder, cross_folder):
     assert inspect_encoder(str(cross_folder)) == "cross"
     assert isinstance(load_encoder(str(bi_folder)), BiEncoder)
     assert isinstance(load_encoder(str(cross_folder)), CrossEncoder)
-    assert load_encoder(str(tiny_bert), "cls").pooling == "cls"
+    assert load_encoder(str(tiny_bert), CLS).model[1].pooling_mode == "cls"
 
 
 def test_a_masked_language_model_is_a_plain_one(tmp_path):
@@ -126,12 +137,13 @@ def test_a_masked_language_model_is_a_plain_one(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-def test_a_classifier_with_several_labels_is_refused(tmp_path, labels):
+def test_a_classifier_with_several_labels_is_refused_where_none_is_named(tmp_path, labels):
     config = BertConfig(vocab_size=VOCABULARY, num_labels=labels, **SIZES)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"^{tmp_path}: a classifier with {labels} labels, not a cross-encoder"):
-        inspect_encoder(str(tmp_path))
+        check_encoders([str(tmp_path)])
+    check_encoders([str(tmp_path)], ModelOptions(label="label_1"))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +193,7 @@ def test_a_folder_without_a_tokenizer_is_refused(bi_folder, cross_folder):
     for folder in (bi_folder, cross_folder):
         for path in folder.glob("*token*"):
             path.unlink()
-        with pytest.raises(InputError, match=f"^{folder}: no tokenizer$"):
+        with pytest.raises(InputError, match=rf"^{folder}: no tokenizer \(tokenizer\.json, or a vocabulary\)$"):
             inspect_encoder(str(folder))
 
 
@@ -234,44 +246,48 @@ def test_a_hub_model_that_cannot_be_had_offline_is_refused_with_the_way_out(name
 
 def test_each_place_takes_its_kind_of_model(tiny_bert, bi_folder, cross_folder):
     plain, bi, cross = map(str, (tiny_bert, bi_folder, cross_folder))
-    check_bi_encoder(bi, None)
-    check_bi_encoder(plain, "mean")
+    check_bi_encoder(bi)
+    check_bi_encoder(plain, MEAN)
     check_language_model(plain)
     check_language_model(bi)
-    check_encoders([bi, cross], None)
+    check_encoders([bi, cross])
     with pytest.raises(InputError, match="cross: a cross-encoder, where a bi-encoder is needed"):
-        check_bi_encoder(cross, None)
+        check_bi_encoder(cross)
     with pytest.raises(InputError, match="cross: already a cross-encoder"):
         check_language_model(cross)
-    for check in (lambda: check_bi_encoder(plain, None), lambda: check_encoders([cross, plain], None)):
+    for check in (lambda: check_bi_encoder(plain), lambda: check_encoders([cross, plain])):
         with pytest.raises(InputError, match="does not say how it pools; add --pooling cls or --pooling mean"):
             check()
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "expected"),
+    ("file", "content"),
     [
-        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling max_tokens; only cls and mean"),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            "pooling cls_token+mean_tokens; only cls and mean",
-        ),
-        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pooling lasttoken; only cls and mean"),
-        ("1_Pooling/config.json", {}, "pooling unknown; only cls and mean"),
-        (
-            "modules.json",
-            [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")],
-            "its modules are Transformer, Pooling, Dense; only",
-        ),
-        ("modules.json", [{"type": "sentence_transformers.models.Transformer"}], "its modules are Transformer; only"),
+        ("1_Pooling/config.json", {}),
+        ("1_Pooling/config.json", {"embedding_dimension": 32, "pooling_mode": "none"}),
+        ("modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]),
     ],
 )
-def test_sentence_transformers_that_do_more_than_pool_are_refused(bi_folder, file, content, expected):
+def test_a_bi_encoder_that_gives_no_vector_is_refused(bi_folder, file, content):
     (bi_folder / file).write_text(json.dumps(content))
-    with pytest.raises(InputError) as caught:
-        check_bi_encoder(str(bi_folder), None)
-    assert str(caught.value).startswith(f"{bi_folder}: {expected}")
+    with pytest.raises(InputError, match=f"^{bi_folder}: "):
+        scores_of(load_bi_encoder(str(bi_folder)))
+
+
+def test_the_first_token_behind_a_prompt_that_is_left_out_is_the_vector(bi_folder):
+    """Where the pooling leaves the prompt out, "cls" is not the first of all tokens."""
+    from sentence_transformers import SentenceTransformer
+
+    (bi_folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": False})
+    )
+    path = bi_folder / "config_sentence_transformers.json"
+    prompts = {"prompts": {"query": "my late "}, "default_prompt_name": "query"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | prompts))
+    theirs = SentenceTransformer(str(bi_folder), device="cpu")
+    embeddings = [theirs.encode(list(side), convert_to_tensor=True) for side in zip(*PAIRS, strict=True)]
+    expected = torch.cosine_similarity(*embeddings).numpy()
+    np.testing.assert_allclose(scores_of(load_bi_encoder(str(bi_folder))), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +301,9 @@ def test_sentence_transformers_that_do_more_than_pool_are_refused(bi_folder, fil
     ],
 )
 def test_old_and_new_pooling_configurations_are_read(bi_folder, config, expected):
-    (bi_folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    assert BiEncoder.from_pretrained(str(bi_folder)).pooling == expected
+    size = {} if "embedding_dimension" in config else {"word_embedding_dimension": 32}
+    (bi_folder / "1_Pooling" / "config.json").write_text(json.dumps(config | size))
+    assert load_bi_encoder(str(bi_folder)).model[1].pooling_mode == expected
 
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
@@ -294,24 +311,24 @@ def test_old_and_new_pooling_configurations_are_read(bi_folder, config, expected
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_padding_does_not_change_an_embedding(tiny_bert, pooling):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), pooling).eval()
+    encoder = load_bi_encoder(str(tiny_bert), ModelOptions(pooling)).eval()
     alone, together = embed(encoder, "pay my card"), embed(encoder, "pay my card", "how do i change my password " * 3)
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
 
 def test_pooling_takes_the_first_token_or_the_mean_of_all_but_padding(tiny_bert):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean").eval()
+    encoder = load_bi_encoder(str(tiny_bert), MEAN).eval()
     with torch.no_grad():
         states = AutoModel.from_pretrained(tiny_bert)(**encoder.tokenizer("pay my card", return_tensors="pt"))[0][0]
     assert states.shape == (5, 32)
     mean = embed(encoder, "pay my card", "how do i change my password")[0]
     torch.testing.assert_close(mean, sum(states[i] for i in range(5)) / 5, atol=1e-5, rtol=0)
-    encoder.pooling = "cls"
+    encoder = load_bi_encoder(str(tiny_bert), CLS).eval()
     torch.testing.assert_close(embed(encoder, "pay my card", "how do i change")[0], states[0], atol=1e-5, rtol=0)
 
 
 def test_the_head_is_for_training_only(tiny_bert):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), "cls", dropout=0.0).eval()
+    encoder = load_bi_encoder(str(tiny_bert), CLS, dropout=0.0).eval()
     plain = embed(encoder, "pay my card")
     encoder.head = MLPHead(32)
     assert torch.equal(embed(encoder.eval(), "pay my card"), plain)
@@ -320,16 +337,16 @@ def test_the_head_is_for_training_only(tiny_bert):
 
 
 def test_the_pooler_that_nothing_uses_is_not_trained(tiny_bert):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), "cls")
+    encoder = load_bi_encoder(str(tiny_bert), CLS)
     frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"backbone.pooler.dense.weight", "backbone.pooler.dense.bias"}
+    assert frozen == {"model.0.model.pooler.dense.weight", "model.0.model.pooler.dense.bias"}
 
 
 def test_embeddings_and_logits_are_float32_under_autocast(bi_folder, cross_folder):
     with torch.autocast("cpu", torch.bfloat16):
-        assert embed(BiEncoder.from_pretrained(str(bi_folder)), "pay").dtype == torch.float32
-        cross = CrossEncoder.from_pretrained(str(cross_folder))
-        assert cross(**cross.tokenizer("pay", "late", return_tensors="pt")).dtype == torch.float32
+        assert embed(load_bi_encoder(str(bi_folder)), "pay").dtype == torch.float32
+        cross = load_cross_encoder(str(cross_folder))
+        assert cross(**cross.preprocessor().batch(["pay"], ["late"])).dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -337,11 +354,9 @@ def test_logits_are_not_rounded_under_autocast(tmp_path, architecture):
     # Weights that are large enough to tell inputs apart: a tiny random model gives them all nearly the same states.
     config = copy.deepcopy(ARCHITECTURES[architecture])
     config.initializer_range = 0.3
-    encoder = CrossEncoder.from_pretrained(save_model(tmp_path, config)).eval()
+    encoder = load_cross_encoder(save_model(tmp_path, config)).eval()
     rows = random_pairs(400)
-    inputs = encoder.tokenizer(
-        [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], padding=True, return_tensors="pt"
-    )
+    inputs = encoder.preprocessor().batch([row["sentence1"] for row in rows], [row["sentence2"] for row in rows])
     with torch.no_grad():
         exact = encoder(**inputs)
         with torch.autocast("cpu", torch.bfloat16):
@@ -357,16 +372,16 @@ def test_logits_are_not_rounded_under_autocast(tmp_path, architecture):
 
 def test_the_logit_of_a_half_precision_model_is_float32(cross_folder):
     # As FSDP and DeepSpeed compute: the weights themselves are bf16.
-    encoder = CrossEncoder.from_pretrained(str(cross_folder)).eval().bfloat16()
-    logits = encoder(**encoder.tokenizer(["pay my card", "late"], ["late", "app"], padding=True, return_tensors="pt"))
+    encoder = load_cross_encoder(str(cross_folder)).eval().bfloat16()
+    logits = encoder(**encoder.preprocessor().batch(["pay my card", "late"], ["late", "app"]))
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
 
 
 def test_the_head_is_trained_under_autocast(cross_folder):
-    encoder = CrossEncoder.from_pretrained(str(cross_folder)).train()
+    encoder = load_cross_encoder(str(cross_folder)).train()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = encoder(**encoder.tokenizer(["pay my card"], ["late"], return_tensors="pt")).sum()
+        loss = encoder(**encoder.preprocessor().batch(["pay my card"], ["late"])).sum()
     loss.backward()
     gradient = encoder.backbone.classifier.weight.grad
     assert gradient.dtype == torch.float32
@@ -377,7 +392,7 @@ def test_the_head_is_trained_under_autocast(cross_folder):
 
 
 def test_a_bi_encoders_score_is_the_cosine_of_its_embeddings(bi_folder):
-    encoder = BiEncoder.from_pretrained(str(bi_folder))
+    encoder = load_bi_encoder(str(bi_folder))
     scores = scores_of(encoder)
     encoder.cpu().eval()
     for (first, second), score in zip(PAIRS, scores, strict=True):
@@ -389,7 +404,7 @@ def test_a_bi_encoders_score_is_the_cosine_of_its_embeddings(bi_folder):
 
 
 def test_a_cross_encoders_score_is_the_sigmoid_of_its_logit(cross_folder):
-    encoder = CrossEncoder.from_pretrained(str(cross_folder))
+    encoder = load_cross_encoder(str(cross_folder))
     scores = scores_of(encoder)
     encoder.cpu().eval()
     for (first, second), score in zip(PAIRS, scores, strict=True):
@@ -400,7 +415,7 @@ def test_a_cross_encoders_score_is_the_sigmoid_of_its_logit(cross_folder):
 
 
 def test_scoring_leaves_the_training_mode_as_it_was(bi_folder):
-    encoder = BiEncoder.from_pretrained(str(bi_folder)).train()
+    encoder = load_bi_encoder(str(bi_folder)).train()
     first = scores_of(encoder)
     assert encoder.training
     assert encoder.backbone.training
@@ -408,11 +423,11 @@ def test_scoring_leaves_the_training_mode_as_it_was(bi_folder):
 
 
 def test_several_encoders_give_their_mean_score(bi_folder, cross_folder):
-    table, accelerator = pairs_table(), plain_accelerator()
+    table, inference = pairs_table(), Inference(plain_accelerator(), 256)
     names = [str(bi_folder), str(cross_folder)]
-    (first,), (second,) = (score_with(Teachers([name]), [table], accelerator, 256) for name in names)
-    both, part = score_with(Teachers(names), [table, table.select([5, 2])], accelerator, 256)
-    (weighted,) = score_with(Teachers(names, weights=[1, 3]), [table], accelerator, 256)
+    (first,), (second,) = (Teachers([name]).score([table], inference) for name in names)
+    both, part = Teachers(names).score([table, table.select([5, 2])], inference)
+    (weighted,) = Teachers(names, weights=[1, 3]).score([table], inference)
     np.testing.assert_allclose(weighted, 0.25 * first + 0.75 * second, atol=1e-6)
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
     np.testing.assert_allclose(part, both[[5, 2]], atol=1e-5)
@@ -422,14 +437,15 @@ def test_several_encoders_give_their_mean_score(bi_folder, cross_folder):
 def test_scores_do_not_depend_on_the_blocks_they_are_made_in(kind, bi_folder, cross_folder, tmp_path, monkeypatch):
     table, accelerator = pairs_table(), plain_accelerator()
     encoder = load_encoder(str(bi_folder if kind == "bi" else cross_folder)).to(accelerator.device).eval()
-    whole = score_prepared(encoder, PreparedPairs(encoder, table), accelerator, 10**6)
-    monkeypatch.setattr(scoring, "COSINE_ROWS", 5)
+    prepared = PreparedPairs(encoder, table)
+    whole = prepared.score(encoder, Inference(accelerator, 10**6))
+    monkeypatch.setattr(embeddings, "SIMILARITY_ROWS", 5)
     monkeypatch.setattr(embeddings, "RANDOM_ROWS", 3)
     for rows, batch_tokens in ((1000, 10**6), (7, 10**6), (7, 100)):
-        parts = Parts(tmp_path / "scores.parquet", {"batch_tokens": batch_tokens}, rows, accelerator)
-        found = scoring.score_in_parts(encoder, table, accelerator, batch_tokens, parts, "encoder", "Scoring")
+        shards = Shards(tmp_path / "scores.parquet", {"batch_tokens": batch_tokens}, rows, accelerator)
+        found = prepared.score_in_shards(Inference(accelerator, batch_tokens, shards), "Scoring", "encoder")
         np.testing.assert_allclose(found, whole, atol=1e-6)
-        assert not list(parts.folder.glob("*.vec"))
+        assert not list(shards.folder.glob("*.vec"))
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
@@ -440,43 +456,46 @@ def test_a_saved_bi_encoder_is_a_sentence_transformers_folder(bi_folder):
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
     modules = json.loads((bi_folder / "modules.json").read_text())
     assert [(module["path"], module["type"]) for module in modules] == [
-        ("", "sentence_transformers.models.Transformer"),
-        ("1_Pooling", "sentence_transformers.models.Pooling"),
+        ("", "sentence_transformers.base.modules.transformer.Transformer"),
+        ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
     ]
     pooling = json.loads((bi_folder / "1_Pooling" / "config.json").read_text())
-    assert pooling == {
-        "word_embedding_dimension": 32,
-        "pooling_mode_cls_token": False,
-        "pooling_mode_mean_tokens": True,
-    }
-    assert json.loads((bi_folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 12
+    assert pooling == {"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True}
+    assert json.loads((bi_folder / "tokenizer_config.json").read_text())["model_max_length"] == 12
+    config = json.loads((bi_folder / "config_sentence_transformers.json").read_text())
+    assert (config["model_type"], config["similarity_fn_name"]) == ("SentenceTransformer", "cosine")
 
 
-def test_a_saved_cross_encoder_is_a_plain_transformers_folder(cross_folder):
-    files = {path.name for path in cross_folder.iterdir()}
+def test_a_saved_cross_encoder_is_a_sentence_transformers_folder_and_a_plain_classifier(cross_folder):
+    files = {path.relative_to(cross_folder).as_posix() for path in cross_folder.rglob("*") if path.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
-    assert "modules.json" not in files
+    modules = json.loads((cross_folder / "modules.json").read_text())
+    assert [(module["path"], module["type"]) for module in modules] == [
+        ("", "sentence_transformers.base.modules.transformer.Transformer")
+    ]
     config = json.loads((cross_folder / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert len(config["id2label"]) == 1
-    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
+    config = json.loads((cross_folder / "config_sentence_transformers.json").read_text())
+    assert config["model_type"] == "CrossEncoder"
+    assert config["activation_fn"] == "torch.nn.modules.activation.Sigmoid"
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_bi_encoder_scores_the_same_when_loaded_again(tiny_bert, tmp_path, pooling):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), pooling, max_length=10)
+    encoder = with_length(load_bi_encoder(str(tiny_bert), ModelOptions(pooling)), 10)
     (tmp_path / "bi").mkdir()
     encoder.save_pretrained(tmp_path / "bi")
-    again = BiEncoder.from_pretrained(str(tmp_path / "bi"))
-    assert (again.pooling, again.max_length) == (pooling, 10)
+    again = load_bi_encoder(str(tmp_path / "bi"))
+    assert (again.model[1].pooling_mode, again.max_length) == (pooling, 10)
     np.testing.assert_allclose(scores_of(again), scores_of(encoder), atol=1e-6)
 
 
 def test_a_cross_encoder_scores_the_same_when_loaded_again(cross_folder, tmp_path):
-    encoder = CrossEncoder.from_pretrained(str(cross_folder))
+    encoder = load_cross_encoder(str(cross_folder))
     (tmp_path / "again").mkdir()
     encoder.save_pretrained(tmp_path / "again")
-    again = CrossEncoder.from_pretrained(str(tmp_path / "again"))
+    again = load_cross_encoder(str(tmp_path / "again"))
     assert again.max_length == 20
     np.testing.assert_allclose(scores_of(again), scores_of(encoder), atol=1e-6)
 
@@ -484,7 +503,7 @@ def test_a_cross_encoder_scores_the_same_when_loaded_again(cross_folder, tmp_pat
 def test_a_new_cross_encoders_head_depends_on_the_seed(tiny_bert):
     def head(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return CrossEncoder.from_pretrained(str(tiny_bert)).backbone.classifier.weight
+        return load_cross_encoder(str(tiny_bert)).backbone.classifier.weight
 
     assert head(1).shape == (1, 32)
     assert torch.equal(head(1), head(1))
@@ -492,20 +511,20 @@ def test_a_new_cross_encoders_head_depends_on_the_seed(tiny_bert):
 
 
 def test_gathered_weights_are_saved_in_place_of_the_models_own(bi_folder, tmp_path):
-    encoder = BiEncoder.from_pretrained(str(bi_folder))
+    encoder = load_bi_encoder(str(bi_folder))
     encoder.head = MLPHead(32)
     state = {name: value + 1 for name, value in encoder.state_dict().items()}
     (tmp_path / "saved").mkdir()
     encoder.save_pretrained(tmp_path / "saved", state)
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(load_file(bi_folder / "model.safetensors"))
-    again = BiEncoder.from_pretrained(str(tmp_path / "saved"))
+    again = load_bi_encoder(str(tmp_path / "saved"))
     own = dict(encoder.backbone.named_parameters())
     for name, value in again.backbone.named_parameters():
         torch.testing.assert_close(value, own[name] + 1)
 
 
 def test_the_head_is_not_saved(bi_folder, tmp_path):
-    encoder = BiEncoder.from_pretrained(str(bi_folder))
+    encoder = load_bi_encoder(str(bi_folder))
     encoder.head = MLPHead(32)
     (tmp_path / "saved").mkdir()
     encoder.save_pretrained(tmp_path / "saved")
@@ -519,7 +538,7 @@ def test_a_saved_bi_encoder_scores_the_same_in_sentence_transformers(bi_folder):
     assert theirs.max_seq_length == 12
     embeddings = [theirs.encode(list(side), convert_to_tensor=True) for side in zip(*PAIRS, strict=True)]
     expected = torch.cosine_similarity(*embeddings).numpy()
-    np.testing.assert_allclose(scores_of(BiEncoder.from_pretrained(str(bi_folder))), expected, atol=1e-4)
+    np.testing.assert_allclose(scores_of(load_bi_encoder(str(bi_folder))), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -531,9 +550,9 @@ def test_a_bi_encoder_of_sentence_transformers_scores_the_same_here(bi_folder, t
     if normalize:
         theirs.append(Normalize())
     theirs.save(str(tmp_path / "theirs"))
-    ours = BiEncoder.from_pretrained(str(tmp_path / "theirs"))
-    assert (ours.pooling, ours.max_length) == ("mean", 12)
-    np.testing.assert_allclose(scores_of(ours), scores_of(BiEncoder.from_pretrained(str(bi_folder))), atol=1e-6)
+    ours = load_bi_encoder(str(tmp_path / "theirs"))
+    assert (ours.model[1].pooling_mode, ours.max_length) == ("mean", 12)
+    np.testing.assert_allclose(scores_of(ours), scores_of(load_bi_encoder(str(bi_folder))), atol=1e-6)
 
 
 def test_a_saved_cross_encoder_scores_the_same_in_sentence_transformers(cross_folder):
@@ -541,7 +560,7 @@ def test_a_saved_cross_encoder_scores_the_same_in_sentence_transformers(cross_fo
 
     theirs = sentence_transformers.CrossEncoder(str(cross_folder), device="cpu")
     expected = theirs.predict(PAIRS)
-    np.testing.assert_allclose(scores_of(CrossEncoder.from_pretrained(str(cross_folder))), expected, atol=1e-4)
+    np.testing.assert_allclose(scores_of(load_cross_encoder(str(cross_folder))), expected, atol=1e-4)
 
 
 def test_a_cross_encoder_of_sentence_transformers_scores_the_same_here(cross_folder, tmp_path):
@@ -559,59 +578,66 @@ def test_a_saved_cross_encoder_scores_the_same_in_plain_transformers(cross_folde
     inputs = tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits[:, 0].sigmoid().numpy()
-    np.testing.assert_allclose(scores_of(CrossEncoder.from_pretrained(str(cross_folder))), expected, atol=1e-4)
+    np.testing.assert_allclose(scores_of(load_cross_encoder(str(cross_folder))), expected, atol=1e-4)
 
 
 # --- lengths, dropout, architectures ---------------------------------------------------------------------------------
 
 
-def test_the_length_is_the_one_asked_for_then_the_saved_one_within_what_the_model_takes(tiny_bert, bi_folder):
-    assert BiEncoder.from_pretrained(str(bi_folder)).max_length == 12
-    assert BiEncoder.from_pretrained(str(bi_folder), max_length=30).max_length == 30
-    assert BiEncoder.from_pretrained(str(tiny_bert), "cls").max_length == 64
-    assert BiEncoder.from_pretrained(str(tiny_bert), "cls", max_length=512).max_length == 64
-    assert CrossEncoder.from_pretrained(str(tiny_bert), max_length=512).max_length == 64
+def test_the_length_is_the_saved_one_within_what_the_model_takes_or_a_shorter_one_that_is_asked_for(
+    tiny_bert, bi_folder
+):
+    encoder = load_bi_encoder(str(bi_folder))
+    assert encoder.max_length == encoder.preprocessor().max_length == 12
+    assert encoder.preprocessor(max_length=5).max_length == 5
+    assert encoder.preprocessor(max_length=30).max_length == 12
+    assert encoder.preprocessor(max_length=5).batch(["pay " * 50])["input_ids"].shape == (1, 5)
+    assert load_bi_encoder(str(tiny_bert), CLS).max_length == load_cross_encoder(str(tiny_bert)).max_length == 64
+    for make in (lambda: load_bi_encoder(str(tiny_bert), CLS), lambda: load_cross_encoder(str(tiny_bert))):
+        assert make().preprocessor(max_length=512).max_length == 64
 
 
 def test_a_tokenizer_without_a_length_gets_the_models(tmp_path):
     config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=20, **SIZES)
     name = save_model(tmp_path, config, model_max_length=10**30)
-    assert BiEncoder.from_pretrained(name, "cls").max_length == 20
+    assert load_bi_encoder(name, CLS).max_length == 20
 
 
 def test_robertas_positions_are_not_exceeded(tmp_path):
     # Positions are counted on from the padding id, 1: of 20, two are never used.
     config = RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=1, **SIZES)
     name = save_model(tmp_path, config, pad_token="[UNK]")
-    for encoder in (BiEncoder.from_pretrained(name, "cls"), CrossEncoder.from_pretrained(name)):
+    for encoder in (load_bi_encoder(name, CLS), load_cross_encoder(name)):
         assert encoder.max_length == 18
-        inputs = encoder.tokenizer(["pay " * 50], truncation=True, max_length=18, return_tensors="pt")
+        texts = [["pay " * 50]] * (2 if encoder.kind == "cross" else 1)
+        inputs = encoder.preprocessor().batch(*texts)
+        assert inputs["input_ids"].shape == (1, 18)
         assert torch.isfinite(encoder(**inputs)).all()
-        inputs = encoder.tokenizer(["pay " * 50], truncation=True, max_length=19, return_tensors="pt")
+        inputs = {name: torch.cat([value[:, :1], value], dim=1) for name, value in inputs.items()}
         with pytest.raises((IndexError, RuntimeError)):
             encoder(**inputs)
 
 
 @pytest.mark.parametrize("kind", ["bi", "cross"])
 @pytest.mark.parametrize(("architecture", "takes"), [("bert", True), ("distilbert", False), ("modernbert", False)])
-def test_a_model_gets_token_types_only_if_it_takes_them(tmp_path, architecture, takes, kind):
-    name = save_model(tmp_path, ARCHITECTURES[architecture])
-    encoder = BiEncoder.from_pretrained(name, "mean") if kind == "bi" else CrossEncoder.from_pretrained(name)
-    seen: set[str] = set()
-    encoder.backbone.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
-    inputs = encoder.tokenizer(["pay"], ["late"], return_tensors="pt")
-    assert "token_type_ids" in inputs
-    assert torch.isfinite(encoder(**inputs)).all()
-    assert {"input_ids", "attention_mask"} <= seen
-    assert ("token_type_ids" in seen) is takes
+def test_a_model_reads_token_types_only_if_it_knows_them(tmp_path, architecture, takes, kind):
+    config = copy.deepcopy(ARCHITECTURES[architecture])
+    config.initializer_range = 0.3
+    name = save_model(tmp_path, config)
+    encoder = (load_bi_encoder(name, MEAN) if kind == "bi" else load_cross_encoder(name)).eval()
+    inputs = dict(encoder.tokenizer(["pay"], ["late"], return_tensors="pt"))
+    found = encoder(**inputs)
+    assert inputs.pop("token_type_ids").any()
+    assert torch.isfinite(found).all()
+    assert torch.equal(found, encoder(**inputs)) is not takes
 
 
 @pytest.mark.parametrize("kind", ["bi", "cross"])
 def test_dropout_overrides_the_configurations(tiny_bert, kind):
     def load(dropout: float | None) -> nn.Module:
         if kind == "bi":
-            return BiEncoder.from_pretrained(str(tiny_bert), "cls", dropout=dropout)
-        return CrossEncoder.from_pretrained(str(tiny_bert), dropout=dropout)
+            return load_bi_encoder(str(tiny_bert), CLS, dropout)
+        return load_cross_encoder(str(tiny_bert), dropout=dropout)
 
     def rates(encoder: nn.Module) -> set[float]:
         return {module.p for module in encoder.modules() if isinstance(module, nn.Dropout)}
@@ -619,20 +645,20 @@ def test_dropout_overrides_the_configurations(tiny_bert, kind):
     assert rates(load(None)) == {0.1}
     assert rates(load(0.3)) == {0.3}
     encoder = load(0.0).train()
-    inputs = encoder.tokenizer(["pay my card"], ["late"], return_tensors="pt")
+    inputs = encoder.preprocessor().batch(["pay my card"], *([["late"]] if kind == "cross" else []))
     assert torch.equal(encoder(**inputs), encoder(**inputs))
 
 
 def test_dropout_of_other_architectures_is_overridden_too(tmp_path):
     sizes = dict(dim=16, n_layers=1, n_heads=4, hidden_dim=32, max_position_embeddings=64)
     name = save_model(tmp_path, DistilBertConfig(vocab_size=VOCABULARY, **sizes))
-    config = BiEncoder.from_pretrained(name, "cls", dropout=0.3).backbone.config
+    config = load_bi_encoder(name, CLS, dropout=0.3).backbone.config
     assert (config.dropout, config.attention_dropout) == (0.3, 0.3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_drophead_drops_whole_heads_and_scales_up_the_others(tmp_path, architecture):
-    encoder = BiEncoder.from_pretrained(save_model(tmp_path, ARCHITECTURES[architecture]), "cls", dropout=0.0)
+    encoder = load_bi_encoder(save_model(tmp_path, ARCHITECTURES[architecture]), CLS, dropout=0.0)
     add_drophead(encoder, 0.4)
     hooked = [m for m in encoder.backbone.modules() if isinstance(m, nn.Linear) and m._forward_pre_hooks]
     assert len(hooked) == 2  # one in each layer
@@ -651,7 +677,7 @@ def test_drophead_drops_whole_heads_and_scales_up_the_others(tmp_path, architect
 
 
 def test_drophead_does_nothing_outside_training(tiny_bert):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean", dropout=0.0).eval()
+    encoder = load_bi_encoder(str(tiny_bert), MEAN, dropout=0.0).eval()
     before = embed(encoder, "pay my card")
     add_drophead(encoder, 0.9)
     assert torch.equal(embed(encoder, "pay my card"), before)
@@ -659,13 +685,13 @@ def test_drophead_does_nothing_outside_training(tiny_bert):
 
 
 def test_drophead_with_all_heads_dropped_gives_finite_gradients(tiny_bert):
-    encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean").train()
+    encoder = load_bi_encoder(str(tiny_bert), MEAN).train()
     add_drophead(encoder, 1.0)
-    encoder(**encoder.tokenizer(["pay my card"], return_tensors="pt")).sum().backward()
+    encoder(**encoder.preprocessor().batch(["pay my card"])).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
 
 
 def test_drophead_refuses_an_architecture_that_it_does_not_know(tmp_path):
     name = save_model(tmp_path, AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **SIZES))
     with pytest.raises(InputError, match="--drophead: the attention layers of a albert model are not known"):
-        add_drophead(BiEncoder.from_pretrained(name, "cls"), 0.1)
+        add_drophead(load_bi_encoder(name, CLS), 0.1)

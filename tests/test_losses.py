@@ -1,15 +1,34 @@
 """The losses against values worked out by hand."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
+from conftest import ROOT, random_pairs
 
-from transencoder.losses import InfoNCE, bce_targets, cosine_bce, cosine_mse, info_nce, rescaled, soft_bce, soft_mse
+from transencoder.config.options import Choice, HubTarget
+from transencoder.data.tables import PAIRS
+from transencoder.hub.card import CardFacts, render_card
+from transencoder.labels import write_scores
+from transencoder.losses import (
+    CROSS_LOSSES,
+    InfoNCE,
+    bce_targets,
+    cosine_bce,
+    cosine_mse,
+    info_nce,
+    logistic,
+    soft_bce,
+    soft_mse,
+)
 
 # --- step 1 ----------------------------------------------------------------------------------------------------------
 
@@ -86,31 +105,33 @@ class NoisyLinear(torch.nn.Module):
         return F.dropout(input_ids @ self.weight, 0.5, self.training)
 
 
-def test_a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole_batch():
+def test_a_batch_in_micro_batches_has_the_loss_and_the_gradient_of_the_whole_batch():
     first, second, model, loss_of = torch.randn(8, 6), torch.randn(8, 6), NoisyLinear().eval(), InfoNCE(0.1)
     whole = info_nce(model(first), model(second), 0.1)
     (expected,) = torch.autograd.grad(whole, model.weight)
-    pieces = [{"inputs": {"input_ids": torch.cat([first[i : i + 2], second[i : i + 2]])}} for i in range(0, 8, 2)]
-    loss_of.look_ahead(model, pieces)
-    for piece in pieces:
-        loss = loss_of(model, piece)
+    micro_batches = [
+        {"inputs": {"input_ids": torch.cat([first[i : i + 2], second[i : i + 2]])}} for i in range(0, 8, 2)
+    ]
+    loss_of.look_ahead(model, micro_batches)
+    for micro_batch in micro_batches:
+        loss = loss_of(model, micro_batch)
         assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
         (loss / 4).backward()  # as gradient accumulation divides
     torch.testing.assert_close(model.weight.grad, expected)
-    # Without pieces, the plain loss.
+    # Without micro-batches, the plain loss.
     assert loss_of(model, {"inputs": {"input_ids": torch.cat([first, second])}}).item() == pytest.approx(whole.item())
 
 
-def test_a_piece_is_dropped_out_alike_in_both_passes():
+def test_a_micro_batch_is_dropped_out_alike_in_both_passes():
     model, loss_of, seen = NoisyLinear().train(), InfoNCE(0.1), []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
-    pieces = [{"inputs": {"input_ids": torch.randn(4, 6)}} for _ in range(3)]
-    loss_of.look_ahead(model, pieces)
-    for piece in pieces:
-        loss_of(model, piece)
+    micro_batches = [{"inputs": {"input_ids": torch.randn(4, 6)}} for _ in range(3)]
+    loss_of.look_ahead(model, micro_batches)
+    for micro_batch in micro_batches:
+        loss_of(model, micro_batch)
     for before, after in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(before, after)
-    assert not torch.equal(seen[0] == 0, seen[1] == 0)  # and not alike in two pieces
+    assert not torch.equal(seen[0] == 0, seen[1] == 0)  # and not alike in two micro-batches
 
 
 # --- step 2 ----------------------------------------------------------------------------------------------------------
@@ -137,24 +158,24 @@ def test_soft_bce_is_least_where_the_sigmoid_is_the_score(score):
 
 def test_shifted_targets_keep_every_difference():
     # [-0.25, 1] is mapped to [0, 1]: (x + 0.25) / 1.25
-    targets = bce_targets(np.array([-0.25, 0.0, 0.5, 1.0], dtype=np.float32), "shift")
+    targets = bce_targets(np.array([-0.25, 0.0, 0.5, 1.0], dtype=np.float32), "none", "shift")
     np.testing.assert_allclose(targets, [0.0, 0.2, 0.6, 1.0], atol=1e-6)
 
 
 def test_clipped_targets_make_every_negative_cosine_0():
-    targets = bce_targets(np.array([-1.0, -0.25, 0.0, 0.5, 1.0], dtype=np.float32), "clip")
+    targets = bce_targets(np.array([-1.0, -0.25, 0.0, 0.5, 1.0], dtype=np.float32), "none", "clip")
     assert targets.tolist() == [0.0, 0.0, 0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("negatives", ["shift", "clip"])
 def test_targets_without_negative_cosines_are_the_cosines(negatives):
-    assert bce_targets(np.array([0.25, 0.5], dtype=np.float32), negatives).tolist() == [0.25, 0.5]
+    assert bce_targets(np.array([0.25, 0.5], dtype=np.float32), "none", negatives).tolist() == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("negatives", ["shift", "clip"])
 def test_targets_never_leave_0_to_1(negatives):
     # A cosine of equal vectors may come out a little above 1.
-    targets = bce_targets(np.array([-1.0, -0.5, 1.0000001], dtype=np.float32), negatives)
+    targets = bce_targets(np.array([-1.0, -0.5, 1.0000001], dtype=np.float32), "none", negatives)
     assert targets.min() >= 0
     assert targets.max() <= 1
 
@@ -162,15 +183,15 @@ def test_targets_never_leave_0_to_1(negatives):
 def test_logistic_scores_spread_over_their_standard_score():
     # Mean 0.6, deviation sqrt((0.04 + 0.04) / 4) = 0.141421: standard scores -1.414214, 1.414214, 0, 0.
     # Sigmoid of twice that: 1 / (1 + e^2.828427) = 0.055807, 0.944193, 0.5, 0.5
-    found = rescaled(np.array([0.4, 0.8, 0.6, 0.6]), "logistic")
+    found = logistic(np.array([0.4, 0.8, 0.6, 0.6]))
     np.testing.assert_allclose(found, [0.055807, 0.944193, 0.5, 0.5], atol=1e-5)
 
 
 def test_scores_that_need_no_other_scale_stay():
     scores = np.array([0.4, 0.6], dtype=np.float32)
-    assert rescaled(scores, "none") is scores
-    assert rescaled(np.full(3, 0.7, dtype=np.float32), "logistic").tolist() == pytest.approx([0.7] * 3)  # no spread
-    two = rescaled(np.array([0.4, 0.6]), "logistic")
+    assert bce_targets(scores, "none", "shift").tolist() == scores.tolist()
+    assert logistic(np.full(3, 0.7, dtype=np.float32)).tolist() == pytest.approx([0.7] * 3)  # no spread
+    two = logistic(np.array([0.4, 0.6]))
     assert two.tolist() == pytest.approx([0.119203, 0.880797], abs=1e-5)  # sigmoid of -2, 2
 
 
@@ -226,3 +247,35 @@ def test_half_precision_input_is_computed_in_float32(kind):
         found = loss(*inputs, *extra)
         assert found.dtype == torch.float32
         assert found == loss(*(value.float() for value in inputs), *extra)
+
+
+# --- registries ------------------------------------------------------------------------------------------------------
+
+WITH_A_NEW_LOSS = """
+import runpy, sys
+from torch.nn.functional import huber_loss
+from transencoder.config.options import Choice
+from transencoder.losses import CROSS_LOSSES
+
+loss = lambda logits, targets: huber_loss(logits.sigmoid(), targets)
+CROSS_LOSSES["huber"] = Choice(loss, "less weight on outliers", "Huber loss")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_new_loss_is_an_entry_in_its_registry_and_nothing_else(tiny_bert, tmp_path, monkeypatch):
+    """It parses, trains, and the model's card says it."""
+    scores, model = tmp_path / "scores.parquet", tmp_path / "out" / "model"
+    pairs = datasets.Dataset.from_list([{name: row[name] for name in PAIRS} for row in random_pairs(32)])
+    write_scores(scores, pairs, np.linspace(0, 1, len(pairs), dtype=np.float32), {"pairs": ["mine"]})
+    words = ["--model_name_or_path", tiny_bert, "--scores", scores, "--output_dir", model, "--loss", "huber"]
+    words = [ROOT / "scripts" / "distill_bi2cross.py", *words, "--total_batch_size", "16"]
+    command = [sys.executable, "-c", WITH_A_NEW_LOSS, *map(str, words)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    monkeypatch.setitem(CROSS_LOSSES, "huber", Choice(None, "", "Huber loss"))
+    card = render_card(CardFacts("acme/x", model, "cross", str(tiny_bert), ""), HubTarget())
+    assert "reads both sentences together (Huber loss)." in card
+    assert "| `loss` | huber |" in card

@@ -17,20 +17,22 @@ from conftest import launch, random_pairs, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import transencoder
-from transencoder.batches import DropoutViews
 from transencoder.config.parsing import parse_stage
+from transencoder.contrastive import DropoutViews
 from transencoder.data.pools import read_pool
 from transencoder.data.tables import read_sentences
 from transencoder.data.tasks import load_task
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import BrokenRun, InputError, one_line_errors
 from transencoder.evaluation import origin, result_entries
+from transencoder.inference import Inference
 from transencoder.labels import check_no_labels, read_label_pairs
+from transencoder.model_files import ModelOptions
 from transencoder.run.plan import check_inputs, load_plan
 from transencoder.runtime import records
 from transencoder.runtime.records import code_version
 from transencoder.sanity import LossWatch, broken_weights, check_scores
-from transencoder.scoring import Teachers, score_with
+from transencoder.scoring import Teachers
 from transencoder.training import train
 
 
@@ -61,8 +63,8 @@ class Training:
         options += ["--checkpointing_steps", "4", "--eval_steps", "1000"]
         self.arguments = parse_stage("train_contrastive", argv=[*stage, *options, *words])
         self.accelerator = accelerator
-        self.encoder = BiEncoder.from_pretrained(str(tiny_bert), "mean")
-        self.rows = Remembering(sentences, self.encoder.tokenizer, self.encoder.max_length)
+        self.encoder = load_bi_encoder(str(tiny_bert), ModelOptions("mean"))
+        self.rows = Remembering(sentences, self.encoder, self.encoder.max_length)
 
     def run(self, loss_of):
         return train(self.accelerator, self.encoder, self.rows, loss_of, self.arguments, None)
@@ -183,7 +185,7 @@ def test_a_collapsed_encoder_is_warned_of_and_a_random_one_is_not(
     if kind == "cross":
         weights["classifier.weight"] *= 100  # a random head says next to nothing
         save_file(weights, collapsed / "model.safetensors", {"format": "pt"})
-    score_with(Teachers([str(collapsed)]), [pairs], accelerator, 4096)
+    Teachers([str(collapsed)]).score([pairs], Inference(accelerator, 4096))
     assert "warning" not in capsys.readouterr().err
     # Every token alike, or a head that looks at nothing.
     names = [
@@ -196,7 +198,7 @@ def test_a_collapsed_encoder_is_warned_of_and_a_random_one_is_not(
         for name in weights:
             weights[name] += 0.1 if "output.LayerNorm.bias" in name else 0
     save_file(weights, collapsed / "model.safetensors", {"format": "pt"})
-    score_with(Teachers([str(collapsed)]), [pairs], accelerator, 4096)
+    Teachers([str(collapsed)]).score([pairs], Inference(accelerator, 4096))
     assert "pairs nearly the same score" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Turning tokens into batches: what each step reads, and the order it reads it in."""
+"""Tokens -> batches: what each step reads, and the order it reads it in."""
 
 import math
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
 
 from transencoder.config.arguments import TrainingArguments
 from transencoder.data import tokens
 from transencoder.data.tables import PAIRS, SENTENCES, numbers, sides
-from transencoder.data.tokens import pad, training_tokens, turned, unique_sentences
+from transencoder.data.tokens import swapped, training_tokens, unique_sentences
+from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 
 
@@ -22,94 +22,42 @@ class PairInputs(Dataset):
 
     Args:
         table: columns sentence1, sentence2 and score.
+        max_length: most tokens of a pair.
     """
 
-    def __init__(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, swap: bool):
+    def __init__(self, table: datasets.Dataset, encoder: CrossEncoder, max_length: int, swap: bool):
         if swap:
-            table = datasets.concatenate_datasets([table, turned(table)])
-        self.tokenizer = tokenizer
-        self.tokens = training_tokens(table, PAIRS, tokenizer, max_length)
+            table = datasets.concatenate_datasets([table, swapped(table)])
+        self.tokens = training_tokens(table, PAIRS, encoder.preprocessor(max_length=max_length))
         self.scores = numbers(table, "score", np.float32)
         self.lengths = self.tokens.lengths
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         indices = np.asarray(indices)
-        return {"inputs": pad(self.tokens, indices, self.tokenizer), "scores": torch.from_numpy(self.scores[indices])}
+        return {"inputs": self.tokens.batch(indices), "scores": torch.from_numpy(self.scores[indices])}
 
 
 class SentencePairs(Dataset):
-    """Step 3: the first, then the second sentences of a batch, in one padded batch, and their pseudo-labels."""
+    """Step 3: the first, then the second sentences of a batch, in one padded batch, and their pseudo-labels.
 
-    def __init__(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    Args:
+        table: columns sentence1, sentence2 and score.
+        max_length: most tokens of a sentence.
+    """
+
+    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int):
         if len(table) <= tokens.TOKENIZED_ROWS:
             sentences, (self.first, self.second) = unique_sentences(table)
-        else:  # what is not tokenised beforehand need not be looked at twice either
+        else:  # what is not tokenized beforehand need not be looked at twice either
             sentences = datasets.concatenate_datasets(sides(table))
             self.first, self.second = np.arange(2 * len(table), dtype=np.int32).reshape(2, -1)
-        self.tokenizer = tokenizer
-        self.tokens = training_tokens(sentences, SENTENCES, tokenizer, max_length)
+        self.tokens = training_tokens(sentences, SENTENCES, encoder.preprocessor(max_length=max_length))
         self.scores = numbers(table, "score", np.float32)
         self.lengths = np.maximum(self.tokens.lengths[self.first], self.tokens.lengths[self.second])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         both = np.concatenate([self.first[indices], self.second[indices]])
-        return {"inputs": pad(self.tokens, both, self.tokenizer), "scores": torch.from_numpy(self.scores[indices])}
-
-
-class DropoutViews(Dataset):
-    """Step 1, SimCSE: every sentence of the batch twice; dropout makes the two differ."""
-
-    def __init__(self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int):
-        self.tokenizer = tokenizer
-        self.tokens = training_tokens(table, SENTENCES, tokenizer, max_length)
-        self.lengths = self.tokens.lengths
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        return {"inputs": pad(self.tokens, np.concatenate([indices, indices]), self.tokenizer)}
-
-
-class MaskedViews(Dataset):
-    """Step 1, Mirror-BERT: every sentence as it is, and with a random span of characters replaced by the mask token.
-
-    Args:
-        table: column sentence.
-        span: length of the masked span, in characters; sentences under `MIN_CHARACTERS` stay whole.
-    Raises:
-        InputError: the tokenizer has no mask token.
-    """
-
-    MIN_CHARACTERS = 30
-
-    def __init__(
-        self, table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, span: int, seed: int
-    ):
-        if tokenizer.mask_token is None:
-            raise InputError("--method mirror: the model's tokenizer has no mask token; use --method simcse")
-        self.texts = table["sentence"]
-        self.tokenizer, self.max_length, self.span, self.seed = tokenizer, max_length, span, seed
-        self.lengths = training_tokens(table, SENTENCES, tokenizer, max_length).lengths
-        self.epoch = 0
-
-    def mask_span(self, text: str, index: int) -> str:
-        """`text` with the span masked; which span depends on seed, epoch and row only, never on the world size."""
-        if len(text) < self.MIN_CHARACTERS:
-            return text
-        span = min(self.span, len(text))
-        start = np.random.default_rng((self.seed, self.epoch, index)).integers(len(text) - span + 1)
-        return text[:start] + self.tokenizer.mask_token + text[start + span :]
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        texts = [self.texts[index] for index in indices]
-        texts += [self.mask_span(text, index) for text, index in zip(texts, indices, strict=True)]
-        encoded = self.tokenizer(
-            texts,
-            truncation=True,
-            max_length=self.max_length,
-            padding=True,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
-        return {"inputs": dict(encoded)}
+        return {"inputs": self.tokens.batch(both), "scores": torch.from_numpy(self.scores[indices])}
 
 
 class LengthWindowSampler(Sampler[list[int]]):

@@ -1,119 +1,85 @@
-"""Sentences -> unit vectors: on disk, memory-mapped, for many; at once for a few."""
+"""Sentences -> vectors whose similarity is taken: on disk, memory-mapped, for many; at once for a few."""
 
 import contextlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
-from accelerate import Accelerator
-from transformers import AutoConfig
 
-from transencoder.data.tables import RANDOM_ROWS, SENTENCES
-from transencoder.data.tokens import tokenize
-from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
+from transencoder.data.tables import MAPPED_BYTES, RANDOM_ROWS, release_pages
+from transencoder.data.tokens import TokenRows
+from transencoder.encoders import BiEncoder
 from transencoder.errors import writing
-from transencoder.inference import each_part
-from transencoder.runtime.backends import autocast
-from transencoder.runtime.shards import Parts
+from transencoder.inference import Inference
 
-TEXTS_AT_ONCE = 64  # of a few texts that are not worth sorting by length
+SIMILARITY_ROWS = RANDOM_ROWS // 2  # pairs whose vectors are gathered at a time
 
 
-def embed(
-    names: list[str],
-    sentences: datasets.Dataset,
-    path: Path,
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    parts: Parts,
-    pooling: str | None = None,
-) -> np.ndarray:
-    """Vectors whose inner product is the cosine, or with several encoders the mean of their cosines.
+def embed(sources: list[tuple[BiEncoder, list[TokenRows]]], path: Path, inference: Inference) -> np.ndarray:
+    """Encode sentences into a file in NumPy's format, which the first process writes.
 
     Args:
-        names: bi-encoders, which are loaded one after another.
-        sentences: column sentence.
-        path: file to write in NumPy's format, from the first process.
-        parts: where what is done is kept; `path`'s stem tells several sets of sentences apart.
+        sources: bi-encoders, each with the tokens of the same sentences, in one or several parts. With several
+            encoders, the inner product of two vectors is the mean of their cosines.
+        inference: with shards; the stem of `path` tells its files from those of other sentences.
     Returns:
-        float32 [sentences, d], memory-mapped, d being the sum of the encoders' dimensions.
+        float32 [sentences, d], memory-mapped, d being the sum of the encoders' widths; see `comparable`.
     """
-    encoders = (load_encoder(name, pooling).to(accelerator.device).eval() for name in names)
-    widths = [AutoConfig.from_pretrained(name).hidden_size for name in names]
-    titles = [f"Encoding with {Path(name).name}" for name in names]
-    return write_vectors(encoders, widths, sentences, path, accelerator, batch_tokens, parts, titles)
-
-
-def write_vectors(
-    encoders: Iterable[BiEncoder],
-    widths: list[int],
-    sentences: datasets.Dataset,
-    path: Path,
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    parts: Parts,
-    titles: list[str],
-) -> np.ndarray:
-    """As `embed`, with encoders that are loaded already, or while one goes through them.
-
-    Args:
-        widths: the encoders' dimensions.
-        titles: what the progress bars say.
-    """
-    target, column = None, 0
+    accelerator, target, column = inference.accelerator, None, 0
     if accelerator.is_main_process:
-        shape = (len(sentences), sum(widths))
+        shape = (sum(map(len, sources[0][1])), sum(encoder.width for encoder, _ in sources))
         target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         # A write to mapped memory that the disk has no room for would end the process without a word.
         with contextlib.suppress(OSError), writing(path), path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    for number, (encoder, width, title) in enumerate(zip(encoders, widths, titles, strict=True)):
-        tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
-        row = 0
-        for part in each_part(encoder, tokens, accelerator, batch_tokens, title, parts, f"{path.stem}-{number}"):
-            for start in range(0, 0 if target is None else len(part), RANDOM_ROWS):
-                some = part[start : start + RANDOM_ROWS]  # few enough that copies of them are nothing
-                rows = slice(row + start, row + start + len(some))
-                target[rows, column : column + width] = unit(some) / np.sqrt(len(widths))
-            row += len(part)
-        column += width
+    for number, (encoder, parts) in enumerate(sources):
+        row, similarity = 0, "cosine" if len(sources) > 1 else encoder.similarity
+        for part, tokens in enumerate(parts):
+            name = f"{path.stem}-{number}-{part}"
+            for shard in inference.by_shard(encoder, tokens, f"Encoding with {encoder.name}", name):
+                for start in range(0, 0 if target is None else len(shard), RANDOM_ROWS):
+                    some = shard[start : start + RANDOM_ROWS]  # few enough that copies of them are nothing
+                    rows = slice(row + start, row + start + len(some))
+                    target[rows, column : column + encoder.width] = comparable(some, similarity) / len(sources) ** 0.5
+                row += len(shard)
+        column += encoder.width
     if target is not None:
         target.flush()
     accelerator.wait_for_everyone()
     return np.load(path, mmap_mode="r")
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, float32 [rows, d]; a row of zeros stays."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+def comparable(embeddings: np.ndarray, similarity: str) -> np.ndarray:
+    """Return embeddings (float32 [rows, d]) as `similarities` takes them: of unit length where cosines are taken."""
+    if similarity != "cosine":
+        return embeddings
+    return embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
-@torch.inference_mode()
-def run_on_texts(encoder: BiEncoder | CrossEncoder, *columns: list[str], accelerator: Accelerator) -> np.ndarray:
-    """What an encoder makes of a few texts, without any file: of sentences float32 [texts, d], unit vectors; of pairs
-    (two columns) float32 [pairs], in (0, 1).
+def similarities(vectors: np.ndarray, first: np.ndarray, second: np.ndarray, similarity: str) -> np.ndarray:
+    """Return the similarity of each pair of vectors, float32 [pairs], block by block.
+
+    Args:
+        vectors: float32 [sentences, d], `comparable`; may be memory-mapped.
+        first, second: int [pairs], rows of `vectors`.
+        similarity: "cosine" or "dot", "euclidean" or "manhattan" (both negative distances), as sentence-transformers
+            defines them.
     """
-    outputs = []
-    for start in range(0, len(columns[0]), TEXTS_AT_ONCE):
-        texts = [column[start : start + TEXTS_AT_ONCE] for column in columns]
-        inputs = encoder.tokenizer(
-            *texts, truncation=True, max_length=encoder.max_length, padding=True, return_tensors="pt"
-        )
-        with autocast(accelerator):
-            outputs.append(encoder(**inputs.to(accelerator.device)).float().cpu())
-    joined = torch.cat(outputs)
-    return joined.sigmoid().numpy() if encoder.kind == "cross" else unit(joined.numpy())
+    found = np.empty(len(first), dtype=np.float32)
+    for start in range(0, len(found), SIMILARITY_ROWS):
+        rows = slice(start, start + SIMILARITY_ROWS)
+        if vectors.nbytes > MAPPED_BYTES:  # looking for pages to give back takes as long as many cosines
+            release_pages()
+        one, other = vectors[first[rows]], vectors[second[rows]]
+        if similarity == "euclidean":
+            found[rows] = -np.linalg.norm(one - other, axis=1)
+        elif similarity == "manhattan":
+            found[rows] = -np.abs(one - other).sum(axis=1)
+        else:
+            found[rows] = (one * other).sum(axis=1)
+    return found
 
 
-def score_texts(
-    encoder: BiEncoder | CrossEncoder, first: list[str], second: list[str], accelerator: Accelerator
-) -> np.ndarray:
-    """Scores of a few pairs: cosines, or a cross-encoder's mean of both orders; float32 [pairs]."""
-    if encoder.kind == "bi":
-        one, other = (run_on_texts(encoder, texts, accelerator=accelerator) for texts in (first, second))
-        return (one * other).sum(axis=1)
-    orders = [run_on_texts(encoder, *pair, accelerator=accelerator) for pair in ((first, second), (second, first))]
-    return np.mean(orders, axis=0)
+def embed_texts(encoder: BiEncoder, texts: list[str], inference: Inference, side: int = 0) -> np.ndarray:
+    """Return the vectors of a few texts, float32 [texts, d], `comparable`; without any file."""
+    return comparable(inference.run_texts(encoder, texts, side=side).numpy(), encoder.similarity)

@@ -1,165 +1,279 @@
-"""The two kinds of model. Both are saved as plain folders that transformers and sentence-transformers load."""
+"""The two kinds of model: a SentenceTransformer and a CrossEncoder of sentence-transformers, with tensors in and out.
 
-import inspect
-import re
+What their authors meant (modules, prompts, lengths, similarity) is read and saved by sentence-transformers itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transencoder.errors import InputError
+from transencoder.data.tokens import Preprocessor
+from transencoder.model_checks import check_finite, check_whole, inspect_encoder
 from transencoder.model_files import (
-    POOLINGS,
+    NO_OPTIONS,
     Kind,
-    check_finite,
-    inspect_encoder,
-    load_tokenizer,
-    pickled,
-    pooling_of,
+    ModelOptions,
+    dropouts,
+    label_of,
+    prompts_of,
     read_config,
-    saved_length,
+    read_modules,
+    root_of,
     told_in_one_line,
 )
-from transencoder.runtime.files import write_json
+from transencoder.pooling import POOLINGS
+from transencoder.runtime.accelerator import log
 from transencoder.runtime.speed import read_first_token_only
 
-# These class paths are the ones that sentence-transformers 3 to 6 all resolve.
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-]
-# What the output of a layer's attention heads goes into, in BERT/RoBERTa/XLM-R/DeBERTa, DistilBERT, MPNet, ModernBERT.
-ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
+SAFE = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
 
 
-class BiEncoder(nn.Module):
-    """A language model and a pooling: sentences -> embeddings, compared by cosine.
+class Encoder(nn.Module):
+    """A sentence-transformers model whose inputs and outputs are padded batches.
 
     Args:
-        backbone: a transformers encoder.
-        pooling: "cls" (last layer's first token, no pooler) or "mean" (padding left out).
-        max_length: most tokens of a sentence.
+        model: a SentenceTransformer or a CrossEncoder that begins with a Transformer.
+        prompts: put before the first and the second sentence of a pair.
+
+    Attributes:
+        name: of its folder, for progress bars.
+    """
+
+    kind: Kind
+
+    def __init__(self, model: Any, prompts: tuple[str | None, str | None] = (None, None)):
+        super().__init__()
+        self.model, self.prompts, self.name = model, prompts, self.kind
+        self._no_split_modules = _layer_classes(self.backbone)
+        if self.reads_first_token:
+            read_first_token_only(self.backbone)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The language model."""
+        return self.model[0].model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What cuts text into tokens; `preprocessor` uses it as the model wants it used."""
+        return self.model[0].tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of an input, as the model says."""
+        return self.model[0].max_seq_length
+
+    def preprocessor(self, side: int = 0, max_length: int | None = None) -> Preprocessor:
+        """Return what makes tokens of text.
+
+        Args:
+            side: 0 for the first sentence of a pair, or for both; 1 for the second.
+            max_length: fewer tokens than the model's own `max_length`.
+        """
+        return Preprocessor(self.model[0], self.prompts[side], max_length, pairs=self.kind == "cross")
+
+    def features(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Return what the modules make of a padded batch."""
+        transformer = self.model[0]
+        extra = {"modality": "message" if "message" in transformer.modality_config else "text"}
+        if transformer.transformer_task == "text-generation":
+            extra["logits_to_keep"] = 1
+        return self.model({**inputs, **extra})
+
+    def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the model as sentence-transformers does. `state`: its gathered weights, where they are sharded."""
+        with _weights_of(self, state or {}):
+            self.model.save_pretrained(str(folder), create_model_card=False)
+
+
+class BiEncoder(Encoder):
+    """A SentenceTransformer: sentences -> embeddings, compared by its similarity function.
+
+    Args:
         head: used in training only (SimCSE's MLP), and never saved.
     """
 
     kind: Kind = "bi"
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pooling: str,
-        max_length: int,
-        head: nn.Module | None = None,
-    ):
-        super().__init__()
-        self.backbone, self.tokenizer, self.pooling, self.max_length, self.head = (
-            backbone,
-            tokenizer,
-            pooling,
-            max_length,
-            head,
-        )
-        self._no_split_modules = _layer_classes(backbone)
-        if pooling == "cls":
-            read_first_token_only(backbone)
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str, pooling: str | None = None, max_length: int | None = None, dropout: float | None = None
-    ) -> "BiEncoder":
-        """Load a sentence-transformers model, or a plain language model with a given `pooling`.
-
-        Args:
-            name: folder or Hub id.
-            pooling: for a plain language model; a sentence-transformers model says it itself.
-            max_length: overrides what was saved.
-            dropout: overrides the configuration's.
-        """
-        kind, pooling = inspect_encoder(name), pooling_of(name, pooling)
-        backbone = _load_backbone(AutoModel, name, read_config(name, dropout))
+    def __init__(self, model: Any, prompts: tuple[str | None, str | None] = (None, None)):
+        super().__init__(model, prompts)
+        self.head: nn.Module | None = None
         # Pooling reads the token vectors; a pooler that gets no gradient would stop data-parallel training.
-        if getattr(backbone, "pooler", None) is not None:
-            backbone.pooler.requires_grad_(False)
-        tokenizer = load_tokenizer(name)
-        length = max_length or (saved_length(name) if kind == "bi" else None) or tokenizer.model_max_length
-        return cls(backbone, tokenizer, pooling, _fit(length, backbone))
+        if getattr(self.backbone, "pooler", None) is not None:
+            self.backbone.pooler.requires_grad_(False)
+        # Pooled in float32, whatever the autocast type.
+        model[0].register_forward_hook(_token_embeddings_in_float32)
+
+    @property
+    def reads_first_token(self) -> bool:
+        """Whether nothing but the first token's vector is read of the language model."""
+        return len(self.model) > 1 and getattr(self.model[1], "pooling_mode", None) == "cls"
+
+    @property
+    def similarity(self) -> str:
+        """A key of `scoring.SIMILARITIES`: "cosine", "dot", "euclidean" or "manhattan"."""
+        return self.model.similarity_fn_name
+
+    @property
+    def width(self) -> int:
+        """Dimensions of an embedding."""
+        return self.model.truncate_dim or self.model.get_embedding_dimension()
+
+    def compare_by_cosine(self) -> None:
+        """Make the cosine its similarity, as the losses do; a start that says otherwise is told of."""
+        if self.similarity != "cosine":
+            log(f"{self.name} compares by {self.similarity}; what is trained from it compares by cosine, and says so")
+            self.model.similarity_fn_name = "cosine"
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Token ids and mask [n, length] -> embeddings float32 [n, d], not normalised."""
-        states = self.backbone(**accepted_inputs(self.backbone, inputs)).last_hidden_state.float()
-        if self.pooling == "cls":
-            embeddings = states[:, 0]
-        else:
-            mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
-            embeddings = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        """Return embeddings, float32 [n, width], of a padded batch (int64 [n, length]); not normalized by us."""
+        embeddings = self.features(inputs)["sentence_embedding"].float()[:, : self.model.truncate_dim]
         return self.head(embeddings) if self.head is not None and self.training else embeddings
 
-    def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the sentence-transformers layout. `state`: this model's gathered weights, where they are sharded."""
-        _save_backbone(self, folder, state)
-        self.tokenizer.model_max_length = self.max_length
-        self.tokenizer.save_pretrained(folder)
-        (folder / "1_Pooling").mkdir()
-        flags = {flag: pooling == self.pooling for pooling, flag in POOLINGS.items()}
-        size = {"word_embedding_dimension": self.backbone.config.hidden_size}
-        write_json(folder / "modules.json", MODULES)
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_length, "do_lower_case": False})
-        write_json(folder / "1_Pooling" / "config.json", {**size, **flags})
-        write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
 
+class CrossEncoder(Encoder):
+    """A CrossEncoder: a pair in one input -> a logit, and its score by the model's activation function.
 
-class CrossEncoder(nn.Module):
-    """A language model with one logit on top: a pair in one input -> a score."""
+    Args:
+        label: place of the label whose probability is the score, of a classifier with several labels.
+    """
 
     kind: Kind = "cross"
 
-    def __init__(self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int):
-        super().__init__()
-        self.backbone, self.tokenizer, self.max_length = backbone, tokenizer, max_length
-        self._no_split_modules = _layer_classes(backbone)
-        read_first_token_only(backbone)
-        for layer in backbone.modules():
-            if isinstance(layer, nn.Linear) and layer.out_features == 1:
-                _compute_in_float32(layer)
+    def __init__(self, model: Any, prompts: tuple[str | None, str | None] = (None, None), label: int | None = None):
+        super().__init__(model, prompts)
+        self.label = label
+        *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+        if last.out_features == model.num_labels:
+            _compute_in_float32(last)
 
-    @classmethod
-    def from_pretrained(cls, name: str, max_length: int | None = None, dropout: float | None = None) -> "CrossEncoder":
-        """Load a cross-encoder, or a language model with a new head, whose weights depend on the seed.
-
-        Args:
-            name: folder or Hub id.
-            max_length: overrides what was saved.
-            dropout: overrides the configuration's.
-        """
-        config = read_config(name, dropout)
-        config.num_labels = 1
-        # As sentence-transformers 4 to 6 read it: scores are the sigmoid of the logit.
-        config.sentence_transformers = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
-        # A language model that was tuned for something else may bring a head of another size: it is not used.
-        new_head = inspect_encoder(name) != "cross"
-        backbone = _load_backbone(AutoModelForSequenceClassification, name, config, new_head)
-        tokenizer = load_tokenizer(name)
-        return cls(backbone, tokenizer, _fit(max_length or tokenizer.model_max_length, backbone))
+    @property
+    def reads_first_token(self) -> bool:
+        """Whether nothing but the first token's vector is read of the language model."""
+        return self.model[0].module_output_name == "scores"
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Token ids, mask and types [n, length] -> logits float32 [n]."""
-        return self.backbone(**accepted_inputs(self.backbone, inputs)).logits.squeeze(-1).float()
+        """Return logits, float32 [n], of a padded batch (int64 [n, length])."""
+        logits = self.features(inputs)["scores"].float()
+        if self.label is None:
+            return logits[:, 0]
+        others = torch.arange(logits.shape[1], device=logits.device) != self.label
+        return logits[:, self.label] - logits[:, others].logsumexp(dim=1)  # its sigmoid is the label's softmax
 
-    def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write a plain sequence classifier. `state`: this model's gathered weights, where they are sharded."""
-        _save_backbone(self, folder, state)
-        self.tokenizer.model_max_length = self.max_length
-        self.tokenizer.save_pretrained(folder)
+    def activate(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the scores of logits, float32 [n]; as `predict` does, or the probability of the label."""
+        return logits.sigmoid() if self.label is not None else self.model.activation_fn(logits)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether scores lie between 0 and 1."""
+        return self.label is not None or isinstance(self.model.activation_fn, nn.Sigmoid)
 
 
-def load_encoder(name: str, pooling: str | None = None) -> BiEncoder | CrossEncoder:
-    """Load what was saved at `name` for scoring."""
-    if inspect_encoder(name) == "cross":
-        return CrossEncoder.from_pretrained(name)
-    return BiEncoder.from_pretrained(name, pooling)
+def load_encoder(name: str, options: ModelOptions = NO_OPTIONS) -> BiEncoder | CrossEncoder:
+    """Load what was saved at `name`, a folder or Hub id, for scoring."""
+    return load_cross_encoder(name, options) if inspect_encoder(name) == "cross" else load_bi_encoder(name, options)
+
+
+def load_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: float | None = None) -> BiEncoder:
+    """Load a SentenceTransformer, or a plain language model with the pooling of `options`.
+
+    Args:
+        name: folder or Hub id.
+        dropout: overrides the configuration's.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    is_plain = inspect_encoder(name) == "plm"
+    config = read_config(name, dropout)
+    check_whole(name, config, classifier=False)
+    with told_in_one_line(name, "model"):
+        if is_plain:
+            transformer = _transformer(name, "feature-extraction", config, dropout)
+            pooling = Pooling(transformer.get_embedding_dimension(), POOLINGS[options.pooling].function)
+            model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        else:
+            changed = dropouts(config, dropout)
+            model = SentenceTransformer(name, device="cpu", model_kwargs=dict(SAFE), config_kwargs=changed)
+    encoder = BiEncoder(_checked(name, model), prompts_of(name, options))
+    encoder.name = Path(name).name
+    return encoder
+
+
+def load_cross_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: float | None = None) -> CrossEncoder:
+    """Load a CrossEncoder, or a plain language model with a new head, whose weights depend on the seed.
+
+    Args:
+        name: folder or Hub id.
+        dropout: overrides the configuration's.
+    """
+    from sentence_transformers import CrossEncoder as Model
+
+    new_head = inspect_encoder(name) != "cross"
+    config = read_config(name, dropout)
+    if new_head:
+        config.num_labels = 1
+    if len(read_modules(name)) < 2 or new_head:
+        check_whole(name, config, classifier=True, new_head=new_head)
+    with told_in_one_line(name, "model"):
+        if new_head:
+            model = Model(modules=[_transformer(name, "sequence-classification", config, dropout)], device="cpu")
+        else:
+            changed = dropouts(config, dropout)
+            model = Model(name, device="cpu", model_kwargs=dict(SAFE), config_kwargs=changed)
+    prompts = (None, None) if new_head else prompts_of(name, options)
+    encoder = CrossEncoder(_checked(name, model), prompts, None if new_head else label_of(name, options.label))
+    encoder.name = Path(name).name
+    return encoder
+
+
+def _transformer(name: str, task: str, config: Any, dropout: float | None) -> nn.Module:
+    """Load a plain language model as a sentence-transformers module; a head that it lacks is random."""
+    from sentence_transformers.base.modules import Transformer
+
+    changed = dropouts(config, dropout) | ({"num_labels": 1} if task == "sequence-classification" else {})
+    # A language model that was tuned for something else may bring a head of another size: it is not used.
+    weights = SAFE | {"ignore_mismatched_sizes": task == "sequence-classification"}
+    root = root_of(read_modules(name))
+    inside = {"subfolder": root} if root else {}
+    transformer = Transformer(
+        name,
+        transformer_task=task,
+        model_kwargs=weights | inside,
+        config_kwargs={"trust_remote_code": False, **changed, **inside},
+        processor_kwargs={"trust_remote_code": False, **inside},
+    )
+    # Sentences are sentences: a chat template is for models that were tuned with it, which say so themselves.
+    transformer.modality_config.pop("message", None)
+    return transformer
+
+
+def _checked(name: str, model: Any) -> Any:
+    """Return `model`, its weights being numbers, its inputs no longer than its positions, its padding known."""
+    check_finite(name, model.named_parameters())
+    transformer = model[0]
+    transformer.max_seq_length = _fit(transformer.max_seq_length, transformer.model)
+    if getattr(transformer.model.config, "pad_token_id", None) is None:
+        transformer.model.config.pad_token_id = transformer.tokenizer.pad_token_id
+    return model
+
+
+def _fit(length: int, backbone: PreTrainedModel) -> int:
+    """Return `length`, or what the model's positions allow (RoBERTa's begin behind the padding id)."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or length
+    if backbone.config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
+        positions -= 2
+    return min(length, positions)
+
+
+def _token_embeddings_in_float32(module: nn.Module, inputs: Any, features: dict[str, Any]) -> None:
+    features["token_embeddings"] = features["token_embeddings"].float()
 
 
 def _compute_in_float32(layer: nn.Linear) -> None:
@@ -173,95 +287,25 @@ def _compute_in_float32(layer: nn.Linear) -> None:
     layer.forward = in_float32
 
 
-class MLPHead(nn.Sequential):
-    """SimCSE's head: dense + tanh, float32."""
-
-    def __init__(self, size: int):
-        super().__init__(nn.Linear(size, size), nn.Tanh())
-
-
-def add_drophead(encoder: BiEncoder, probability: float) -> None:
-    """Drop whole attention heads in training, the rest scaled up (Zhou et al. 2020, as Mirror-BERT uses it).
-
-    Args:
-        encoder: changed in place.
-        probability: of each head of each layer, drawn for every input of the batch.
-    """
-    layers = [module for name, module in encoder.backbone.named_modules() if ATTENTION_OUTPUT.search(name)]
-    if not layers:
-        raise InputError(
-            f"--drophead: the attention layers of a {encoder.backbone.config.model_type} model are not known"
-        )
-    heads = encoder.backbone.config.num_attention_heads
-
-    def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if not encoder.training:
-            return None
-        states = inputs[0]  # [n, length, heads * size]
-        keep = (torch.rand(states.shape[0], 1, heads, 1, device=states.device) >= probability).to(states.dtype)
-        scale = heads / keep.sum(2, keepdim=True).clamp(min=1)
-        return ((states.unflatten(-1, (heads, -1)) * keep * scale).flatten(-2), *inputs[1:])
-
-    for layer in layers:
-        layer.register_forward_pre_hook(drop)
-
-
-def _load_backbone(auto: Any, name: str, config: Any, new_head: bool = False) -> PreTrainedModel:
-    """Weights of a folder or Hub id, in float32; never pickled ones.
-
-    Args:
-        new_head: what lies on top of the encoder may be missing, or be of another size, and then it is random.
-    """
-    with told_in_one_line(name, "model"):
-        try:
-            backbone, report = auto.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=new_head,
-                use_safetensors=True,  # of a public model on the Hub it finds the conversion that the Hub's robot made
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except OSError as error:
-            if "use_safetensors" not in str(error):
-                raise
-            raise InputError(pickled(name, auto.__name__, "DIR") + ", and pass DIR") from error
-    # What is missing is random. A new head is; so is a pooler, which a bi-encoder does not read and a language model
-    # may come without.
-    inside = f"{backbone.base_model_prefix}." if new_head else ""
-    may_lack_pooler = new_head or auto is AutoModel
-    absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    absent = sorted(key for key in absent if key.startswith(inside) and not (may_lack_pooler and "pooler" in key))
-    if absent:
-        raise InputError(f"{name}: its weights lack {absent[0]}, or have it in another size than config.json says")
-    check_finite(name, backbone.named_parameters())
-    return backbone
-
-
-def _fit(length: int, backbone: PreTrainedModel) -> int:
-    """`length`, or what the model's positions allow (RoBERTa's begin behind the padding id)."""
-    positions = getattr(backbone.config, "max_position_embeddings", None) or length
-    if backbone.config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
-        positions -= 2
-    return min(length, positions)
+@contextmanager
+def _weights_of(encoder: Encoder, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let `encoder` have the weights of `state`, by their names in its state dict, while it is entered."""
+    before = []
+    for name in state:
+        holder, _, last = name.rpartition(".")
+        owner = encoder.get_submodule(holder)
+        if last in owner._parameters:
+            before.append((owner, last, owner._parameters[last]))
+            owner._parameters[last] = nn.Parameter(state[name], requires_grad=False)
+    try:
+        yield
+    finally:
+        for owner, last, parameter in before:
+            owner._parameters[last] = parameter
 
 
 def _layer_classes(backbone: PreTrainedModel) -> list[str]:
-    """Class names of the model's layers, each of which FSDP gathers by itself (its name for them in `accelerate`)."""
+    """Return the class names of the model's layers, each of which FSDP gathers by itself."""
     stacks = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
     longest = max(stacks, key=len, default=())
     return sorted({type(layer).__name__ for layer in longest})
-
-
-def accepted_inputs(backbone: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Only the inputs that the model takes: DistilBERT, for one, knows no token types."""
-    names = inspect.signature(backbone.forward).parameters
-    return {name: value for name, value in inputs.items() if name in names}
-
-
-def _save_backbone(encoder: BiEncoder | CrossEncoder, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-    prefix = "backbone."
-    if state is not None:
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    encoder.backbone.save_pretrained(folder, state_dict=state)

@@ -25,8 +25,16 @@ CLOSED = {
 WITHOUT_NUMBER = re.compile(r"inline_container|PytorchStreamWriter|\d+ requested and \d+ written")
 
 
+# What PyTorch says when another process does not answer in time, or has ended.
+LOST = re.compile(r"Timed out waiting|wait timeout|Connection (closed|reset) by peer|Failed to recv|Socket Timeout")
+LOST_LINE = (
+    "another process of this run has ended, or has not answered within TRANSENCODER_TIMEOUT: is its machine down, or "
+    "the network? The same command goes on from where it was"
+)
+
+
 def is_first_process() -> bool:
-    """Whether this is the first of all processes, told before (and without) torch.distributed."""
+    """Tell whether this is the first of all processes, told before (and without) torch.distributed."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -53,7 +61,7 @@ def report_and_exit(message: str, code: int = 2, from_all: bool = False) -> None
 
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Turn an `InputError` of a script's `main` into one line and exit code 2, a `BrokenRun` into one and code 1, and
-    the error of a full or closed disk into one of them; other errors keep their traceback.
+    the error of a full or closed disk or of a lost machine into one of them; other errors keep their traceback.
     """
 
     @functools.wraps(main)
@@ -70,6 +78,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 report_and_exit(f"{str(error.filename)[:60]}...: longer than a file's name can be")
+            if isinstance(error, RuntimeError) and LOST.search(str(error)):
+                report_and_exit(LOST_LINE, 1, from_all=os.environ.get("LOCAL_RANK") == "0")  # on each machine
             problem = storage_error(error)
             if problem is None:
                 raise

@@ -1,7 +1,8 @@
-"""Metrics, and the tables made of them."""
+"""Metrics, and the tables made of them. A new metric is an entry in `METRICS`."""
 
 import importlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -13,17 +14,18 @@ from torch import nn
 
 from transencoder.data.paper import published_values, row_of
 from transencoder.data.tasks import Task, title
-from transencoder.model_files import inspect_encoder
+from transencoder.inference import Inference
+from transencoder.model_checks import inspect_encoder
 from transencoder.runtime.records import code_version
 from transencoder.sanity import check_scores
-from transencoder.scoring import PreparedPairs, score_prepared
+from transencoder.scoring import PreparedPairs
 
 FEATURES = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("float64")})
 CITATION = "Virtanen et al., SciPy 1.0, Nature Methods 17 (2020)"
 
 
 class ScipyMetric(evaluate.Metric):
-    """A metric of scores against gold values, x 100, that needs no network (`evaluate.load` would ask the Hub)."""
+    """Measure scores against gold values, x 100, without a network (`evaluate.load` would ask the Hub)."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(description=str(self.__doc__), citation=CITATION, features=FEATURES)
@@ -58,55 +60,77 @@ class AUC(ScipyMetric):
 
 
 def _defined(correlation: Any, predictions: list[float], references: list[float]) -> float:
-    """The correlation, or NaN (without scipy's warning) where one side is constant."""
+    """Return the correlation, or NaN (without scipy's warning) where one side is constant."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return math.nan
     return float(correlation(predictions, references).statistic)
 
 
-# For each kind of gold value, the metrics; the first one is what tables show and checkpoints are chosen by.
-METRICS = {"score": (Spearman, Pearson), "label": (AUC,)}
+@dataclass(frozen=True)
+class Metric:
+    """Describe an entry of `METRICS`.
+
+    Args:
+        compute: gives one value, x 100, under the metric's name.
+        gold: the gold values that it measures against: "score" (graded) or "label" (0 or 1).
+        hub_name: the Hub's name for it.
+        card: its name in model cards.
+    """
+
+    compute: type[ScipyMetric]
+    gold: str
+    hub_name: str
+    card: str
 
 
-PRIMARY = {metrics[0].__name__.lower() for metrics in METRICS.values()}
+# The first metric of each kind of gold values is the one that tables show and that chooses checkpoints.
+METRICS = {
+    "spearman": Metric(Spearman, "score", "spearmanr", "Spearman's rho x 100"),
+    "pearson": Metric(Pearson, "score", "pearsonr", "Pearson's r x 100"),
+    "auc": Metric(AUC, "label", "roc_auc", "AUC x 100"),
+}
 
 
-def primary_metric(task: Task) -> str:
-    """ "spearman" or "auc"."""
-    return METRICS[task.gold][0].__name__.lower()
+def metrics_of(gold: str) -> list[str]:
+    """Return the names of the metrics for gold values of this kind, the primary one first."""
+    return [name for name, metric in METRICS.items() if metric.gold == gold]
+
+
+PRIMARY = {metrics_of(metric.gold)[0] for metric in METRICS.values()}
 
 
 def measure(task: Task, scores: np.ndarray) -> dict[str, float | None]:
-    """Every metric of `task` for `scores` (float [pairs]), x 100; None where it is not defined."""
+    """Return every metric of `task` for `scores` (float [pairs]), x 100; None where it is not defined."""
     gold = np.asarray(task.pairs[task.gold], dtype=np.float64)
     values: dict[str, float] = {}
-    for metric in METRICS[task.gold]:
-        values |= metric(keep_in_memory=True).compute(predictions=scores.astype(np.float64), references=gold)
+    for name in metrics_of(task.gold):
+        metric = METRICS[name].compute(keep_in_memory=True)
+        values |= metric.compute(predictions=scores.astype(np.float64), references=gold)
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def shown_value(value: float | None) -> str:
-    """Two decimals, or a dash."""
+    """Return the value with two decimals, or a dash for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
 class DevSet:
-    """The dev pairs, tokenised once for the encoder that is being trained."""
+    """Score the dev pairs, tokenised once, with the encoder that is being trained."""
 
     def __init__(self, task: Task, encoder: Any, accelerator: Accelerator, batch_tokens: int | None):
-        self.task, self.accelerator, self.batch_tokens = task, accelerator, batch_tokens
-        self.metric = primary_metric(task)
+        self.task, self.inference = task, Inference(accelerator, batch_tokens)
+        self.metric = metrics_of(task.gold)[0]
         self.prepared = PreparedPairs(encoder, task.pairs)
 
     def score(self, model: nn.Module) -> float | None:
-        """Spearman or AUC x 100 of `model` as it is now; None if it gives every pair the same score."""
-        scores = score_prepared(model, self.prepared, self.accelerator, self.batch_tokens, "Dev")
+        """Return the primary metric x 100 of `model` as it is now; None if every pair gets the same score."""
+        scores = self.prepared.score(model, self.inference, "Dev")
         check_scores(f"{self.task.title}: the model", scores)
         return measure(self.task, scores)[self.metric]
 
 
 def encoder_groups(kinds: list[str], ensemble: bool, with_ensembles: bool) -> list[list[int]]:
-    """Which encoders are measured together, by their places; the mean of a group's scores is what counts.
+    """Return groups of encoders, by their places; the mean of a group's scores is measured.
 
     Args:
         kinds: "bi" or "cross" of each encoder.
@@ -126,20 +150,20 @@ def encoder_groups(kinds: list[str], ensemble: bool, with_ensembles: bool) -> li
 
 
 def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[dict[str, Any]]:
-    """What results.json says of one measurement: an entry for each metric."""
+    """Return the entries of results.json for one measurement, one for each metric."""
     kind = "+".join(dict.fromkeys(inspect_encoder(name) for name in encoders)).replace("plm", "bi")
-    facts = dict(encoders=encoders, kind=kind, task=task.name, split=task.split, n=len(scores))
-    facts |= dict(data_sha256=task.sha256, code=code_version())
-    return [dict(facts, metric=metric, value=value) for metric, value in measure(task, scores).items()]
+    entry = dict(encoders=encoders, kind=kind, task=task.name, split=task.split, n=len(scores))
+    entry |= dict(data_sha256=task.sha256, code=code_version())
+    return [dict(entry, metric=metric, value=value) for metric, value in measure(task, scores).items()]
 
 
 def results_table(results: list[dict[str, Any]], paper: str | None = None) -> str:
-    """What `result_rows` gives as a Markdown table."""
+    """Return `result_rows` as a Markdown table."""
     return markdown_table(*result_rows(results, paper))
 
 
 def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """results.json's entries as a table: a row for each encoder, a column for each task, and the mean.
+    """Return the entries of results.json as a table: a row for each encoder, a column for each task, and the mean.
 
     Args:
         paper: setting of the paper's tables, whose row of the same kind follows each of ours (where there are single
@@ -164,7 +188,7 @@ def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tupl
 
 
 def paper_rows(row: str, titles: list[str], tests: list[str] | None = None) -> list[list[str]]:
-    """The paper's row as a table's row, none if it has no figure for any of these sets.
+    """Return the paper's row for a table, or no row if it has no figure for any of these sets.
 
     Args:
         row: as `paper.published` takes it.
@@ -181,13 +205,13 @@ def paper_rows(row: str, titles: list[str], tests: list[str] | None = None) -> l
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column to the left, numbers to the right."""
+    """Return a Markdown table with the first column to the left and numbers to the right."""
     rule = [":---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows]) + "\n"
 
 
 def origin(results: list[dict[str, Any]]) -> str:
-    """A line of Markdown under a table: which code measured, on which data."""
+    """Return a line of Markdown under a table: which code measured, on which data."""
     codes = dict.fromkeys(entry["code"] for entry in results if "code" in entry)
     sets = {title(entry["task"], entry["split"]): entry.get("data_sha256", "") for entry in results}
     sums = ", ".join(f"{name} `{sum_[:12]}`" for name, sum_ in sets.items() if sum_)
@@ -195,7 +219,7 @@ def origin(results: list[dict[str, Any]]) -> str:
 
 
 def log_table(accelerator: Accelerator, name: str, header: list[str], rows: list[list[str]]) -> None:
-    """Give every tracker a whole table; the one that knows no tables gets its Markdown, which it shows as a table."""
+    """Log a whole table to every tracker; TensorBoard, which knows no tables, gets Markdown."""
     if not accelerator.is_main_process:
         return
     for tracker in accelerator.trackers:

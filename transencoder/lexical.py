@@ -1,16 +1,22 @@
 """What two sentences have in common as strings: a teacher that needs no training."""
 
+from __future__ import annotations
+
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
 from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from transencoder.data.tables import RANDOM_ROWS, blocks, cache_folder, release_pages
 from transencoder.data.tokens import unique_sentences
+from transencoder.runtime.optional import load_optional
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose vectors are gathered at a time
 NGRAMS = (2, 4)  # characters, inside words: word forms and spellings of one word share most of them
@@ -43,15 +49,16 @@ def lexical_scores(pairs: datasets.Dataset) -> np.ndarray:
 
 def _fitted(sentences: datasets.Dataset) -> TfidfVectorizer | None:
     """What `TfidfVectorizer.fit` gives, but without a matrix of all sentences; None if there is no n-gram at all."""
+    sklearn = load_optional("sklearn.feature_extraction.text")
     settings = dict(analyzer="char_wb", ngram_range=NGRAMS, dtype=np.float32)
-    analyze, counts = TfidfVectorizer(**settings).build_analyzer(), Counter()
+    analyze, counts = sklearn.TfidfVectorizer(**settings).build_analyzer(), Counter()
     for _, block in blocks(sentences):
         for text in block["sentence"].to_pylist():
             counts.update(set(analyze(text)))
     if not counts:
         return None
     ngrams = sorted(counts)
-    vectorizer = TfidfVectorizer(**settings, vocabulary=ngrams)
+    vectorizer = sklearn.TfidfVectorizer(**settings, vocabulary=ngrams)
     found_in = np.array([counts[ngram] for ngram in ngrams])
     vectorizer.idf_ = np.log((1 + len(sentences)) / (1 + found_in)) + 1
     return vectorizer

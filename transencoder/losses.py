@@ -1,6 +1,6 @@
-"""The three losses of the method, and what the paper's ablation puts in their places.
+"""The losses of the three steps, with those of the paper's ablation, and the targets of step 2.
 
-All compute in float32, whatever the autocast type.
+All compute in float32, whatever the autocast type. A new loss is an entry in a registry at the end of this file.
 """
 
 from typing import Any
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from scipy import special
 from torch import nn
 
+from transencoder.config.options import Choice
+
 
 def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Contrastive loss of step 1 (paper section 2.1): row i of `second` against its other rows, for row i of `first`.
+    """Return the contrastive loss of step 1 (paper section 2.1): each row of `first` against all rows of `second`.
 
     The rows of `second` of every process are candidates, and gradients flow back to the process they came from. With
     the mean over processes that data-parallel training takes, the gradient is that of one process with the whole
@@ -37,47 +39,47 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, temperature: float) -> t
 
 
 class InfoNCE:
-    """`info_nce` as the loss of a training step whose batch may come in several pieces (gradient accumulation).
+    """Compute `info_nce` of a batch that may come in several micro-batches: the cached contrastive loss.
 
-    In-batch negatives need the embeddings of the whole batch. So a step in pieces is computed twice (GradCache, Gao et
-    al. 2021): once without gradients, for the loss and its derivative by every embedding; then piece by piece, each
-    with the dropout it had the first time, for the derivatives by the weights.
+    In-batch negatives need the embeddings of the whole batch. So a step of micro-batches is computed twice (GradCache,
+    Gao et al. 2021). The first pass has no gradients; it gives the loss and its derivative by every embedding. The
+    second pass gives the derivatives by the weights, each micro-batch with the dropout of the first pass.
     """
 
     def __init__(self, temperature: float):
         self.temperature = temperature
         self.cached: list[tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]] = []
 
-    def look_ahead(self, model: nn.Module, pieces: list[dict[str, Any]]) -> None:
-        """Compute the loss of the whole batch; the calls that follow, one for each piece, draw on it."""
+    def look_ahead(self, model: nn.Module, micro_batches: list[dict[str, Any]]) -> None:
+        """Compute the loss of the whole batch; the calls that follow, one for each micro-batch, draw on it."""
         random_states, outputs = [], []
-        for piece in pieces:
-            random_states.append(_random_state(piece["inputs"]["input_ids"].device))
+        for micro_batch in micro_batches:
+            random_states.append(_random_state(micro_batch["inputs"]["input_ids"].device))
             with torch.no_grad():
-                outputs.append(model(**piece["inputs"]))
+                outputs.append(model(**micro_batch["inputs"]))
         views = [output.requires_grad_() for output in outputs]
         first, second = zip(*(view.chunk(2) for view in views), strict=True)
         loss = info_nce(torch.cat(first), torch.cat(second), self.temperature)
         gradients = torch.autograd.grad(loss, views)
-        # Backward takes the mean over the pieces.
+        # Backward takes the mean over the micro-batches.
         self.cached = [
-            (state, gradient * len(pieces), loss.detach())
+            (state, gradient * len(micro_batches), loss.detach())
             for state, gradient in zip(random_states, gradients, strict=True)
         ]
 
-    def __call__(self, model: nn.Module, piece: dict[str, Any]) -> torch.Tensor:
-        """Mean loss of this process's part of the batch, with the gradient of `piece`'s share."""
+    def __call__(self, model: nn.Module, micro_batch: dict[str, Any]) -> torch.Tensor:
+        """Return the mean loss of this process's share of the batch; its gradient is that of `micro_batch`."""
         if not self.cached:
-            first, second = model(**piece["inputs"]).chunk(2)
+            first, second = model(**micro_batch["inputs"]).chunk(2)
             return info_nce(first, second, self.temperature)
         random_state, gradient, loss = self.cached.pop(0)
         _set_random_state(random_state, gradient.device)
-        share = (model(**piece["inputs"]) * gradient).sum()
-        return loss + share - share.detach()
+        product = (model(**micro_batch["inputs"]) * gradient).sum()
+        return loss + product - product.detach()
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """What dropout on `device` depends on."""
+    """Return the random state that dropout on `device` depends on."""
     states = (torch.get_rng_state(),)
     return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
 
@@ -88,40 +90,50 @@ def _set_random_state(states: tuple[torch.Tensor, ...], device: torch.device) ->
         torch.cuda.set_rng_state(states[1], device)
 
 
-def bce_targets(scores: np.ndarray, negatives: str) -> np.ndarray:
-    """Cosines as targets of binary cross-entropy, which must lie in [0, 1].
-
-    The paper takes the raw cosine and does not say what becomes of a negative one. Its loss has no minimum: the logit
-    would be pushed to minus infinity.
+def bce_targets(scores: np.ndarray, rescale: str, negatives: str) -> np.ndarray:
+    """Return a teacher's scores as targets of step 2, which must lie in [0, 1].
 
     Args:
         scores: float [n], cosines.
-        negatives: "shift" maps the lowest cosine to 0 and leaves 1 at 1, linearly, so that every difference between
-            two pairs is kept; "clip" makes every negative cosine 0. Without negative cosines both change nothing.
+        rescale: a key of `RESCALINGS`.
+        negatives: a key of `NEGATIVES`.
     """
-    if negatives == "shift":
-        lowest = min(float(scores.min()), 0.0)
-        scores = (scores - lowest) / (1.0 - lowest)
-    return scores.clip(0.0, 1.0)
+    return NEGATIVES[negatives].function(RESCALINGS[rescale].function(scores))
 
 
-def rescaled(scores: np.ndarray, how: str) -> np.ndarray:
-    """A teacher's scores on another scale, in the same order.
+def as_they_are(scores: np.ndarray) -> np.ndarray:
+    """Return `scores` unchanged."""
+    return scores
 
-    Cosines fill a narrow range around an arbitrary middle, and a student spends its first steps on finding it.
 
-    Args:
-        scores: float [n].
-        how: "none"; or "logistic": sigmoid of twice the standard score, so that the middle is 0.5 and about 95 % of
-            normally distributed scores lie between 0.02 and 0.98.
+def logistic(scores: np.ndarray) -> np.ndarray:
+    """Return the sigmoid of twice the standard score, in the same order as `scores` (float [n]).
+
+    Cosines fill a narrow range around an arbitrary middle, and a student spends its first steps on finding it. Here
+    the middle is 0.5, and about 95 % of normally distributed scores lie between 0.02 and 0.98.
     """
-    if how == "none" or np.ptp(scores) == 0:
+    if np.ptp(scores) == 0:
         return scores
     return special.expit(2 * (scores - scores.mean()) / scores.std())
 
 
+def shifted(scores: np.ndarray) -> np.ndarray:
+    """Map the lowest cosine to 0 and keep 1 at 1, linearly; without negative cosines change nothing.
+
+    The paper takes the raw cosine and does not say what becomes of a negative one. Binary cross-entropy has no minimum
+    there: the logit would be pushed to minus infinity.
+    """
+    lowest = min(float(scores.min()), 0.0)
+    return clipped((scores - lowest) / (1.0 - lowest))
+
+
+def clipped(scores: np.ndarray) -> np.ndarray:
+    """Make every negative cosine 0."""
+    return scores.clip(0.0, 1.0)
+
+
 def soft_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Loss of step 2 (paper section 2.2): binary cross-entropy of the logit against the bi-encoder's score.
+    """Return the loss of step 2 (paper section 2.2): binary cross-entropy of the logit and the bi-encoder's score.
 
     Args:
         logits: float [n].
@@ -131,7 +143,7 @@ def soft_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def soft_mse(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Ablation of step 2: mean squared error of the score, with which a student copies its teacher's errors too.
+    """Return the ablation of step 2: mean squared error, with which a student copies its teacher's errors too.
 
     Args:
         logits: float [n].
@@ -141,7 +153,7 @@ def soft_mse(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Loss of step 3 (paper section 2.3): mean squared error of the cosine against the cross-encoder's score.
+    """Return the loss of step 3 (paper section 2.3): mean squared error of the cosine and the cross-encoder's score.
 
     Args:
         first, second: float [n, d], embeddings of the two sentences of n pairs.
@@ -151,7 +163,7 @@ def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) 
 
 
 def cosine_bce(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Ablation of step 3: binary cross-entropy, with the cosine as the logit.
+    """Return the ablation of step 3: binary cross-entropy, with the cosine as the logit.
 
     A cosine reaches from -1 to 1, its sigmoid from 0.27 to 0.73 only: most scores are out of reach, and the paper
     finds that this does not converge.
@@ -164,5 +176,24 @@ def cosine_bce(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) 
     return F.binary_cross_entropy_with_logits(cosines, scores.float().clamp(0.0, 1.0))
 
 
-CROSS_LOSSES = {"bce": soft_bce, "mse": soft_mse}
-BI_LOSSES = {"mse": cosine_mse, "bce": cosine_bce}
+BCE, MSE = "binary cross-entropy with soft targets", "mean squared error"
+
+# Step 2: a loss takes the logits and the targets, float [n] both.
+CROSS_LOSSES = {
+    "bce": Choice(soft_bce, "binary cross-entropy, the paper's", BCE),
+    "mse": Choice(soft_mse, "mean squared error, the paper's ablation", MSE),
+}
+RESCALINGS = {
+    "none": Choice(as_they_are, "as they are"),
+    "logistic": Choice(logistic, "sigmoid of twice the standard score, which spreads them"),
+}
+NEGATIVES = {
+    "shift": Choice(shifted, "map [lowest, 1] to [0, 1], so that no difference is lost"),
+    "clip": Choice(clipped, "they become 0"),
+}
+
+# Step 3: a loss takes the embeddings of both sentences, float [n, d], and the scores, float [n].
+BI_LOSSES = {
+    "mse": Choice(cosine_mse, "mean squared error, the paper's", MSE),
+    "bce": Choice(cosine_bce, "binary cross-entropy, the paper's ablation", BCE),
+}

@@ -1,128 +1,89 @@
 """Encoders and pairs -> scores, sharded over processes; a bi-encoder sees each sentence once."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from transencoder.data.tables import MAPPED_BYTES, PAIRS, RANDOM_ROWS, SENTENCES, release_pages
-from transencoder.data.tokens import tokenize, turned, unique_sentences
-from transencoder.embeddings import unit, write_vectors
-from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
-from transencoder.inference import each_part, run_sharded
+from transencoder.data.tables import PAIRS, SENTENCES
+from transencoder.data.tokens import swapped, tokenize, unique_sentences
+from transencoder.embeddings import comparable, embed, embed_texts, similarities
+from transencoder.encoders import BiEncoder, CrossEncoder
+from transencoder.inference import Inference
 from transencoder.lexical import lexical_scores
-from transencoder.runtime.shards import Parts
+from transencoder.model_files import NO_OPTIONS, ModelOptions
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.optional import load_optional
 from transencoder.sanity import check_scores
 
-COSINE_ROWS = RANDOM_ROWS // 2  # pairs whose embeddings are gathered at a time
+
+def sides_of(encoder: BiEncoder, pairs: datasets.Dataset) -> tuple[list[datasets.Dataset], np.ndarray, np.ndarray]:
+    """Return the distinct sentences of pairs, and each pair's two sentences among them.
+
+    Where both sentences of a pair have the same prompt they are one set, else two, one behind the other.
+
+    Returns:
+        Sets with the column sentence; first and second: int [pairs], rows of the sets together.
+    """
+    if encoder.prompts[0] == encoder.prompts[1]:
+        sentences, (first, second) = unique_sentences(pairs)
+        return [sentences], first, second
+    (one, (first,)), (other, (second,)) = (unique_sentences(pairs, (name,)) for name in PAIRS)
+    return [one, other], first, second + len(one)
 
 
 class PreparedPairs:
-    """Pairs tokenised for one encoder, so that scoring them again (dev evaluation) costs forward passes only.
+    """Pairs tokenized for one encoder, so that scoring them again (dev evaluation) costs forward passes only.
 
     Args:
         pairs: columns sentence1 and sentence2.
     """
 
     def __init__(self, encoder: BiEncoder | CrossEncoder, pairs: datasets.Dataset):
-        self.size = len(pairs)
+        self.encoder = encoder
         if encoder.kind == "bi":
-            sentences, (self.first, self.second) = unique_sentences(pairs)
-            self.tokens = tokenize(sentences, SENTENCES, encoder.tokenizer, encoder.max_length)
+            sides, self.first, self.second = sides_of(encoder, pairs)
+            self.tokens = [tokenize(some, SENTENCES, encoder.preprocessor(n)) for n, some in enumerate(sides)]
         else:
-            self.tokens = tokenize(pairs, PAIRS, encoder.tokenizer, encoder.max_length)
+            self.tokens = [tokenize(pairs, PAIRS, encoder.preprocessor())]
 
+    def score(self, model: nn.Module, inference: Inference, title: str = "Scoring") -> np.ndarray:
+        """Return the scores of the pairs, float32 [pairs], the same on every process.
 
-def score_prepared(
-    model: nn.Module,
-    prepared: PreparedPairs,
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    title: str = "Scoring",
-) -> np.ndarray:
-    """Scores of prepared pairs.
+        Args:
+            model: the encoder, as it is or as `accelerator.prepare` returned it.
+        Returns:
+            A bi-encoder's similarities (cosines, unless it says otherwise), or a cross-encoder's activations
+            (probabilities, unless it says otherwise). Logits are float32: half precision ties the scores near 0 and 1.
+        """
+        training = model.training
+        model.eval()
+        outputs = torch.cat([inference.run(model, tokens, title) for tokens in self.tokens]).cpu()
+        model.train(training)
+        if self.encoder.kind == "cross":
+            return self.encoder.activate(outputs).numpy()
+        return self._compare(comparable(outputs.numpy(), self.encoder.similarity))
 
-    Args:
-        model: a bi- or cross-encoder, as it is or as `accelerator.prepare` returned it.
-        batch_tokens: tokens, padding included, in one forward pass; None chooses what suits the hardware.
-    Returns:
-        float32 [pairs], the same on every process; see `as_scores`.
-    """
-    encoder = accelerator.unwrap_model(model)
-    training = model.training
-    model.eval()
-    rows = np.arange(len(prepared.tokens))
-    outputs = run_sharded(model, encoder, prepared.tokens, rows, accelerator, batch_tokens, title)
-    model.train(training)
-    return as_scores(encoder, prepared, outputs)
+    def score_in_shards(self, inference: Inference, title: str, name: str) -> np.ndarray:
+        """Return the same scores, for any number of pairs: all but them lies on disk.
 
-
-def as_scores(encoder: BiEncoder | CrossEncoder, prepared: PreparedPairs, outputs: torch.Tensor) -> np.ndarray:
-    """Scores from what the encoder made of the prepared rows.
-
-    Args:
-        outputs: float32 [sentences, d], embeddings, or [pairs], logits.
-    Returns:
-        float32 [pairs]: cosines in [-1, 1], or sigmoids of the logits, taken in float32 because half precision ties
-        the scores near 0 and 1.
-    """
-    if encoder.kind == "cross":
-        return outputs.sigmoid().cpu().numpy()
-    return cosines(unit(outputs.cpu().numpy()), prepared.first, prepared.second)
-
-
-def cosines(vectors: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of vectors, block by block.
-
-    Args:
-        vectors: float32 [sentences, d], of unit length; may be memory-mapped.
-        first, second: int [pairs], rows of `vectors`.
-    Returns:
-        float32 [pairs].
-    """
-    found = np.empty(len(first), dtype=np.float32)
-    for start in range(0, len(found), COSINE_ROWS):
-        rows = slice(start, start + COSINE_ROWS)
-        if vectors.nbytes > MAPPED_BYTES:  # looking for pages to give back takes as long as many cosines
-            release_pages()
-        found[rows] = (vectors[first[rows]] * vectors[second[rows]]).sum(axis=1)
-    return found
-
-
-def score_in_parts(
-    encoder: BiEncoder | CrossEncoder,
-    pairs: datasets.Dataset,
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    parts: Parts,
-    label: str,
-    title: str,
-) -> np.ndarray:
-    """As `score_prepared`, for any number of pairs: in memory is a number for each, all else lies on disk.
-
-    Args:
-        parts: where what is done is kept, under the name `label`, and a bi-encoder's embeddings.
-    """
-    if encoder.kind == "bi":
-        sentences, places = unique_sentences(pairs)
-        path = parts.folder / f"{label}.vec"
-        widths = [encoder.backbone.config.hidden_size]
-        vectors = write_vectors([encoder], widths, sentences, path, accelerator, batch_tokens, parts, [title])
-        scores = cosines(vectors, *places)
+        Args:
+            inference: with shards, in which what is done is kept under `name`, and a bi-encoder's embeddings.
+        """
+        if self.encoder.kind == "cross":
+            outputs = inference.by_shard(self.encoder, *self.tokens, title, name)
+            return np.concatenate([self.encoder.activate(torch.from_numpy(shard)).numpy() for shard in outputs])
+        path, accelerator = inference.shards.folder / f"{name}.vec", inference.accelerator
+        scores = self._compare(embed([(self.encoder, self.tokens)], path, inference))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             path.unlink()
         return scores
-    tokens = tokenize(pairs, PAIRS, encoder.tokenizer, encoder.max_length)
-    scores, row = np.empty(len(pairs), dtype=np.float32), 0
-    for part in each_part(encoder, tokens, accelerator, batch_tokens, title, parts, label):
-        scores[row : row + len(part)] = torch.from_numpy(part).sigmoid()
-        row += len(part)
-    return scores
+
+    def _compare(self, vectors: np.ndarray) -> np.ndarray:
+        return similarities(vectors, self.first, self.second, self.encoder.similarity)
 
 
 @dataclass
@@ -132,53 +93,61 @@ class Teachers:
     Args:
         names: folders or Hub ids of bi- and cross-encoders.
         weights: of the encoders in the mean, in any unit; equal by default.
-        pooling: of those that are plain language models.
+        options: how they are read.
         both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
         lexical_weight: share of `lexical_scores` in the score.
     """
 
     names: list[str]
     weights: list[float] | None = None
-    pooling: str | None = None
+    options: ModelOptions = NO_OPTIONS
     both_orders: bool = False
     lexical_weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.lexical_weight:
+            load_optional("sklearn.feature_extraction.text")  # before an encoder is loaded
+
     def shares(self) -> np.ndarray:
-        """The weights as parts of one."""
+        """Return the weights as parts of one."""
         weights = np.ones(len(self.names)) if self.weights is None else np.asarray(self.weights)
         return weights / weights.sum()
 
+    def score(self, sets: list[datasets.Dataset], inference: Inference) -> list[np.ndarray]:
+        """Return the mean scores of sets of pairs, float32 [pairs] each. Encoders are loaded one after another.
 
-def score_with(
-    teachers: Teachers,
-    sets: list[datasets.Dataset],
-    accelerator: Accelerator,
-    batch_tokens: int | None,
-    parts: Parts | None = None,
-) -> list[np.ndarray]:
-    """Mean scores of the encoders, which are loaded one after another.
+        Args:
+            inference: its shards, if it has them, are for a single set.
+        """
+        totals = [np.zeros(len(pairs)) for pairs in sets]
+        for number, (name, share) in enumerate(zip(self.names, self.shares(), strict=True)):
+            encoder = inference.load(name, self.options)
+            if encoder.kind == "bi" and encoder.similarity != "cosine":
+                log(f"{name}: its scores are by {encoder.similarity}, as it says, not cosines")
+            title = f"Scoring with {encoder.name}"
+            for total, pairs in zip(totals, sets, strict=True):
+                both = self.both_orders and encoder.kind == "cross"
+                orders = [pairs, swapped(pairs)] if both else [pairs]
+                for swap, order in enumerate(orders):
+                    prepared = PreparedPairs(encoder, order)
+                    if inference.shards is None:
+                        scores = prepared.score(encoder, inference, title)
+                    else:
+                        scores = prepared.score_in_shards(inference, title, f"encoder-{number}-{swap}")
+                    check_scores(name, scores)
+                    total += share / len(orders) * scores
+        if weight := self.lexical_weight:
+            totals = [(1 - weight) * total + weight * lexical_scores(p) for total, p in zip(totals, sets, strict=True)]
+        return [total.astype(np.float32) for total in totals]
 
-    Args:
-        sets: sets of pairs.
-        parts: where what is done is kept, for a single set.
-    Returns:
-        For each set, float32 [pairs].
-    """
-    totals = [np.zeros(len(pairs)) for pairs in sets]
-    for number, (name, share) in enumerate(zip(teachers.names, teachers.shares(), strict=True)):
-        encoder = load_encoder(name, teachers.pooling).to(accelerator.device).eval()
-        title = f"Scoring with {Path(name).name}"
-        for total, pairs in zip(totals, sets, strict=True):
-            orders = [pairs, turned(pairs)] if teachers.both_orders and encoder.kind == "cross" else [pairs]
-            for turn, order in enumerate(orders):
-                if parts is None:
-                    scores = score_prepared(encoder, PreparedPairs(encoder, order), accelerator, batch_tokens, title)
-                else:
-                    label = f"encoder-{number}-{turn}"
-                    scores = score_in_parts(encoder, order, accelerator, batch_tokens, parts, label, title)
-                check_scores(name, scores)
-                total += share / len(orders) * scores
-    weight = teachers.lexical_weight
-    if weight:
-        totals = [(1 - weight) * total + weight * lexical_scores(p) for total, p in zip(totals, sets, strict=True)]
-    return [total.astype(np.float32) for total in totals]
+
+def score_texts(
+    encoder: BiEncoder | CrossEncoder, first: list[str], second: list[str], inference: Inference
+) -> np.ndarray:
+    """Return the scores of a few pairs, float32 [pairs]: similarities, or a cross-encoder's mean of both orders."""
+    if encoder.kind == "bi":
+        vectors = [embed_texts(encoder, texts, inference, side) for side, texts in enumerate((first, second))]
+        places = np.arange(len(first))
+        return similarities(np.concatenate(vectors), places, places + len(first), encoder.similarity)
+    orders = [encoder.activate(inference.run_texts(encoder, *pair)) for pair in ((first, second), (second, first))]
+    return torch.stack(orders).mean(dim=0).numpy()

@@ -20,29 +20,25 @@ from transformers import get_scheduler
 from transencoder.batches import LengthWindowSampler, count_pieces, make_loader
 from transencoder.config.arguments import TrainingArguments
 from transencoder.config.parsing import parse_stage
+from transencoder.config.stages import STAGES
+from transencoder.data.pools import input_files
 from transencoder.data.tasks import Task
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import BrokenRun, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.hub.push import check_hub, push_stage
 from transencoder.runtime.accelerator import end, log, log_idle_cores, log_next, progress_bar, start, start_trackers
-from transencoder.runtime.backends import engine_name, precision, set_batch
+from transencoder.runtime.backends import backend_name, precision, set_batch
 from transencoder.runtime.checkpoints import Checkpoints, check_resumable, remove_checkpoints
-from transencoder.runtime.files import place_model, write_folder
+from transencoder.runtime.files import place_model, replacing
 from transencoder.runtime.locks import lock
 from transencoder.runtime.records import claim, write_run
 from transencoder.runtime.signals import StopSignal, stop_here
-from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_processor_dropout
+from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_cpu_dropout
 from transencoder.sanity import LossWatch, broken_weights
 from transencoder.selection import select_by
 
 LOG_STEPS = 10
-# What is done with a stage's model.
-NEXT = {
-    "train_contrastive": "score_pairs.py --encoders {} --pairs FILE --output bi-scores.parquet",
-    "distill_bi2cross": "score_pairs.py --encoders {} --pairs FILE --output cross-scores.parquet",
-    "distill_cross2bi": "evaluate_encoders.py --encoders {} --tasks NAME=FILE --output_dir DIR, or search.py",
-}
 Batch = dict[str, Any]
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
 
@@ -95,7 +91,7 @@ def begin(stage: str, description: str | None, words: list[str] | None = None) -
     arguments = parse_stage(stage, description, words)
     select_by(arguments)
     check_hub(arguments)
-    if claim(arguments, stage):
+    if claim(arguments, stage, input_files(arguments)):
         log(f"{arguments.output_dir} is complete already")
         if is_first_process():
             remove_checkpoints(arguments.output_dir)  # a kill may have come in between
@@ -114,13 +110,13 @@ def begin(stage: str, description: str | None, words: list[str] | None = None) -
 def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
     """Mark a training stage's output folder as complete, say what is in it, and push it where that was asked for."""
     if accelerator.is_main_process:
-        write_run(arguments, stage, "complete", **facts)
+        write_run(arguments, stage, "complete", input_files(arguments), **facts)
         remove_checkpoints(arguments.output_dir)
     kept = f"step {facts['kept_step']} of {facts['steps']}"
     by = next((name for name in ("dev", "agreement") if name in facts), None)
     score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
     log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
-    log_next(NEXT[stage].format(shlex.quote(arguments.output_dir)))
+    log_next(STAGES[stage].next.format(shlex.quote(arguments.output_dir)))
     if accelerator.is_main_process:
         push_stage(arguments)
 
@@ -179,7 +175,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, arguments.max_steps)
         release_freed_memory()
         if accelerator.device.type == "cpu":
-            use_processor_dropout(encoder)
+            use_cpu_dropout(encoder)
             keep_freed_memory()
         optimizer = make_optimizer(encoder, arguments)
         warmup = round(arguments.warmup_ratio * self.total_steps)
@@ -331,7 +327,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             encoder = self.accelerator.unwrap_model(self.model)
             folder = self.checkpoints.best(self.progress.best_step)
-            write_folder(folder, lambda temporary: encoder.save_pretrained(temporary, state))
+            with replacing(folder) as temporary:
+                encoder.save_pretrained(temporary, state)
         self.accelerator.wait_for_everyone()
 
     def save_if_due(self, stop: StopSignal) -> None:
@@ -372,7 +369,7 @@ class Trainer:
             examples=len(self.rows.lengths),
             world_size=self.accelerator.num_processes,
             gradient_accumulation_steps=self.pieces,
-            engine=engine_name(self.accelerator),
+            backend=backend_name(self.accelerator),
             mixed_precision=precision(self.accelerator),
             examples_per_second=round(examples_per_second, 1),
             resumed_at_steps=progress.resumed_at,

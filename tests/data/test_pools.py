@@ -8,18 +8,24 @@ import huggingface_hub
 import pytest
 from conftest import random_pairs, write_jsonl
 
-from transencoder.data import hub_sets as hub_tables
+from transencoder.config.arguments import ScoringArguments
+from transencoder.data import hub_sets
 from transencoder.data.pools import (
     POOLS,
     check_both_orders,
+    input_files,
     is_ordered,
-    local_files,
     read_pool,
     read_sentence_pool,
     swap_of,
 )
 from transencoder.data.tasks import GROUPS, TASKS, load_task, read_split
 from transencoder.errors import InputError
+
+
+def naming(pairs, data_dir):
+    """Options of score_pairs.py."""
+    return ScoringArguments(encoders=["bert"], pairs=pairs, output="scores.parquet", data_dir=str(data_dir))
 
 
 def options(pairs, data_dir=None, **changes):
@@ -131,10 +137,14 @@ def test_only_where_the_order_means_nothing_pairs_are_turned_round():
 
 
 def test_a_change_of_a_pools_file_is_noticed(data_dir):
-    names = {path.name for path in local_files(["sts_sickr", "wiki1m", "bert", "stsb.dev"], str(data_dir))}
+    names = {
+        path.name
+        for path in input_files(naming(["sts_sickr", "wiki1m", "bert", "stsb.dev"], data_dir))
+        if path.is_file()
+    }
     assert names == {"pool.sts.jsonl", "wiki1m.txt", *(f"sickr.{split}.jsonl" for split in ("train", "dev", "test"))}
     write_jsonl(data_dir / "sts12.jsonl", random_pairs(3))
-    assert "sts12.jsonl" in {path.name for path in local_files(["sts"], str(data_dir))}  # the group of tasks
+    assert "sts12.jsonl" in {path.name for path in input_files(naming(["sts"], data_dir))}  # the group of tasks
 
 
 def test_the_registry_holds_together():
@@ -163,7 +173,7 @@ def hub(monkeypatch):
 
     hub = SimpleNamespace(labels=[0, 1], asked=asked)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub_tables, "COMMITS", {})
+    monkeypatch.setattr(hub_sets, "HUB_COMMITS", {})
     datasets.disable_progress_bars()
     return hub
 
@@ -177,7 +187,7 @@ def test_a_task_from_the_hub_is_renamed_and_its_commit_noted(hub, monkeypatch, c
     assert hub.asked == [("nyu-mll/glue", "qnli", "validation[:1000]", None)]
     assert task.pairs["sentence1"][:] == ["who?", "where?"] and task.pairs["label"][:] == [1.0, 0.0]
     assert said(capsys) == [f"nyu-mll/glue: commit {commit}", "qnli.dev: 2 rows, 1000 expected"]
-    assert {"nyu-mll/glue": commit} == hub_tables.COMMITS
+    assert {"nyu-mll/glue": commit} == hub_sets.HUB_COMMITS
     assert read_split("qnli.train", None, None).column_names == ["sentence1", "sentence2"]
     assert said(capsys) == ["qnli.train: 2 rows, 10000 expected"]  # the commit is said once
 

@@ -7,19 +7,32 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, random_pairs, random_sentences
+from conftest import random_pairs, random_sentences
 
-from transencoder.batches import DropoutViews, LengthWindowSampler, MaskedViews, PairInputs, SentencePairs, make_loader
+from transencoder.batches import LengthWindowSampler, PairInputs, SentencePairs, make_loader
+from transencoder.contrastive import DropoutViews, MaskedViews
 from transencoder.data import tables
 from transencoder.data import tokens as data
 from transencoder.data.tables import PAIRS, SENTENCES, cache_folder, read_sentences
-from transencoder.data.tokens import pad, tokenize, unique_sentences
+from transencoder.data.tokens import TokenRows, tokenize, unique_sentences
+from transencoder.encoders import BiEncoder, CrossEncoder, load_bi_encoder, load_cross_encoder
 from transencoder.errors import InputError
+from transencoder.model_files import ModelOptions
 
 
 @pytest.fixture
-def tokenizer():
-    return make_tokenizer()
+def bi(tiny_bert) -> BiEncoder:
+    return load_bi_encoder(str(tiny_bert), ModelOptions("mean"))
+
+
+@pytest.fixture
+def cross(tiny_bert) -> CrossEncoder:
+    return load_cross_encoder(str(tiny_bert))
+
+
+def tokens_of(table: datasets.Dataset, encoder: BiEncoder | CrossEncoder, max_length: int = 16) -> TokenRows:
+    columns = PAIRS if encoder.kind == "cross" else SENTENCES
+    return tokenize(table, columns, encoder.preprocessor(max_length=max_length))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -33,82 +46,81 @@ def pairs_table(rows: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
 
 
-def test_rows_are_padded_to_the_longest_with_mask(tokenizer):
+def test_rows_are_padded_to_the_longest_with_mask(bi):
     # [CLS] = 2, [SEP] = 3; the words are numbered from 5 in the order of WORDS.
-    tokens = tokenize(sentences_table("how do i", "late", "my card"), SENTENCES, tokenizer, 16)
+    tokens = tokens_of(sentences_table("how do i", "late", "my card"), bi)
     assert len(tokens) == 3
     assert tokens.lengths.tolist() == [5, 3, 4]
-    batch = pad(tokens, np.array([2, 0, 2]), tokenizer)
+    batch = tokens.batch(np.array([2, 0, 2]))
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["input_ids"].tolist() == [[2, 9, 15, 3, 0], [2, 5, 6, 7, 3], [2, 9, 15, 3, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert pad(tokens, np.array([1]), tokenizer)["input_ids"].tolist() == [[2, 20, 3]]
+    assert tokens.batch(np.array([1]))["input_ids"].tolist() == [[2, 20, 3]]
 
 
-def test_a_pair_is_one_input_with_token_types(tokenizer):
+def test_a_pair_is_one_input_with_token_types(cross):
     table = pairs_table([{"sentence1": "my card", "sentence2": "late"}, {"sentence1": "pay", "sentence2": "app"}])
-    batch = pad(tokenize(table, PAIRS, tokenizer, 16), np.array([0, 1]), tokenizer)
+    batch = tokens_of(table, cross).batch(np.array([0, 1]))
     assert batch["input_ids"].tolist() == [[2, 9, 15, 3, 20, 3], [2, 23, 3, 25, 3, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
 
 
-def test_a_pair_has_no_token_types_where_the_model_takes_none(tokenizer):
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokens = tokenize(pairs_table([{"sentence1": "my card", "sentence2": "late"}]), PAIRS, tokenizer, 16)
-    assert set(pad(tokens, np.array([0]), tokenizer)) == {"input_ids", "attention_mask"}
+def test_a_pair_has_no_token_types_where_the_model_takes_none(cross):
+    cross.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokens = tokens_of(pairs_table([{"sentence1": "my card", "sentence2": "late"}]), cross)
+    assert set(tokens.batch(np.array([0]))) == {"input_ids", "attention_mask"}
 
 
-def test_padding_is_the_tokenizers_own(tokenizer):
-    tokenizer.pad_token = "[UNK]"  # id 1, as RoBERTa's
-    tokens = tokenize(sentences_table("how do i", "late"), SENTENCES, tokenizer, 16)
-    assert pad(tokens, np.array([0, 1]), tokenizer)["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 20, 3, 1, 1]]
+def test_padding_is_the_tokenizers_own(bi):
+    bi.tokenizer.pad_token = "[UNK]"  # id 1, as RoBERTa's
+    tokens = tokens_of(sentences_table("how do i", "late"), bi)
+    assert tokens.batch(np.array([0, 1]))["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 20, 3, 1, 1]]
 
 
-def test_inputs_are_cut_to_max_length_with_their_special_tokens(tokenizer):
-    sentences = tokenize(sentences_table("how do i change my password", "late"), SENTENCES, tokenizer, 5)
-    assert pad(sentences, np.array([0]), tokenizer)["input_ids"].tolist() == [[2, 5, 6, 7, 3]]
-    pairs = tokenize(pairs_table([{"sentence1": "how do i change my", "sentence2": "late app"}]), PAIRS, tokenizer, 7)
-    assert pad(pairs, np.array([0]), tokenizer)["input_ids"].tolist() == [
-        [2, 5, 6, 3, 20, 25, 3]
-    ]  # the longer one is cut
+def test_inputs_are_cut_to_max_length_with_their_special_tokens(bi, cross):
+    sentences = tokens_of(sentences_table("how do i change my password", "late"), bi, 5)
+    assert sentences.batch(np.array([0]))["input_ids"].tolist() == [[2, 5, 6, 7, 3]]
+    pairs = tokens_of(pairs_table([{"sentence1": "how do i change my", "sentence2": "late app"}]), cross, 7)
+    # The longer one is cut.
+    assert pairs.batch(np.array([0]))["input_ids"].tolist() == [[2, 5, 6, 3, 20, 25, 3]]
 
 
-def test_kept_tokens_are_not_used_for_another_length_or_vocabulary(tmp_path, tokenizer):
+def test_kept_tokens_are_not_used_for_another_length_or_vocabulary(tmp_path, bi):
     (tmp_path / "s.txt").write_text("how do i change my password\nlate app\n")
     table = read_sentences([str(tmp_path / "s.txt")])
-    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [8, 4]
-    assert tokenize(table, SENTENCES, tokenizer, 5).lengths.tolist() == [5, 4]
-    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [8, 4]
-    tokenizer.add_tokens(["change my"])
-    assert tokenize(table, SENTENCES, tokenizer, 16).lengths.tolist() == [7, 4]
+    assert tokens_of(table, bi).lengths.tolist() == [8, 4]
+    assert tokens_of(table, bi, 5).lengths.tolist() == [5, 4]
+    assert tokens_of(table, bi).lengths.tolist() == [8, 4]
+    bi.tokenizer.add_tokens(["change my"])
+    assert tokens_of(table, bi).lengths.tolist() == [7, 4]
 
 
-def test_kept_tokens_of_a_model_with_token_types_are_not_used_for_one_without(tokenizer):
+def test_kept_tokens_of_a_model_with_token_types_are_not_used_for_one_without(cross):
     table = pairs_table([{"sentence1": "my card", "sentence2": "late"}])
-    assert tokenize(table, PAIRS, tokenizer, 16).names == ["input_ids", "token_type_ids"]
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    assert tokenize(table, PAIRS, tokenizer, 16).names == ["input_ids"]
+    assert tokens_of(table, cross).names == ["input_ids", "token_type_ids"]
+    cross.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert tokens_of(table, cross).names == ["input_ids"]
 
 
-def test_tokens_are_kept_from_run_to_run(tmp_path, tokenizer):
+def test_tokens_are_kept_from_run_to_run(tmp_path, bi, tiny_bert):
     source = tmp_path / "s.txt"
     source.write_text("how do i\nlate app\n")
-    tokenize(read_sentences([str(source)]), SENTENCES, tokenizer, 16)
+    tokens_of(read_sentences([str(source)]), bi)
     before = sorted(cache_folder().iterdir())
-    used = make_tokenizer()  # as a new process makes it, but used before: a fast tokenizer remembers how
-    used(["how do i", "late"], truncation=True, max_length=3, padding=True)
-    tokenize(read_sentences([str(source)]), SENTENCES, used, 16)
+    used = load_bi_encoder(str(tiny_bert), ModelOptions("mean"))  # as a new process does
+    used.tokenizer(["how do i", "late"], truncation=True, max_length=3, padding=True)  # a fast one remembers how
+    tokens_of(read_sentences([str(source)]), used)
     assert sorted(cache_folder().iterdir()) == before
 
 
-def test_tokens_are_found_in_every_chunk(monkeypatch, tokenizer):
-    monkeypatch.setattr(datasets.config, "DEFAULT_MAX_BATCH_SIZE", 7)  # rows that `map` writes at a time
+def test_tokens_are_found_in_every_chunk(monkeypatch, bi):
+    monkeypatch.setattr(data, "TEXTS_AT_ONCE", 7)
     sentences = random_sentences(40)
-    tokens = tokenize(sentences_table(*sentences), SENTENCES, tokenizer, 64)
+    tokens = tokens_of(sentences_table(*sentences), bi, 64)
     order = np.random.default_rng(0).permutation(40)
     for row, index in zip(tokens.rows("input_ids", order), order, strict=True):
-        assert row.tolist() == tokenizer(sentences[index])["input_ids"]
+        assert row.tolist() == bi.tokenizer(sentences[index])["input_ids"]
 
 
 @pytest.mark.parametrize("rows", [7, 1000])
@@ -209,8 +221,8 @@ def test_wider_windows_save_padding():
     assert padding[2] < 0.5 * padding[1]
 
 
-def test_the_loader_gives_whole_padded_batches(tokenizer):
-    rows = DropoutViews(sentences_table(*random_sentences(20)), tokenizer, 64)
+def test_the_loader_gives_whole_padded_batches(bi):
+    rows = DropoutViews(sentences_table(*random_sentences(20)), bi, 64)
     sampler = LengthWindowSampler(rows.lengths, 8, 2, 4, seed=1)
     batches = [batch["inputs"] for batch in make_loader(rows, sampler)]
     assert [batch["input_ids"].shape[0] for batch in batches] == [
@@ -226,37 +238,37 @@ def test_the_loader_gives_whole_padded_batches(tokenizer):
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
-def decoded(tokenizer, batch: dict) -> list[str]:
-    return tokenizer.batch_decode(batch["inputs"]["input_ids"], skip_special_tokens=True)
+def decoded(encoder: BiEncoder | CrossEncoder, batch: dict) -> list[str]:
+    return encoder.tokenizer.batch_decode(batch["inputs"]["input_ids"], skip_special_tokens=True)
 
 
-def test_dropout_views_hold_every_sentence_twice(tokenizer):
-    rows = DropoutViews(sentences_table("how do i", "late app", "pay"), tokenizer, 16)
-    assert decoded(tokenizer, rows.__getitems__([2, 0])) == ["pay", "how do i"] * 2
+def test_dropout_views_hold_every_sentence_twice(bi):
+    rows = DropoutViews(sentences_table("how do i", "late app", "pay"), bi, 16)
+    assert decoded(bi, rows.__getitems__([2, 0])) == ["pay", "how do i"] * 2
 
 
-def test_swap_gives_every_pair_in_both_orders_with_its_score(tokenizer):
+def test_swap_gives_every_pair_in_both_orders_with_its_score(cross):
     rows = [
         {"sentence1": "my card", "sentence2": "late", "score": 0.25},
         {"sentence1": "pay", "sentence2": "how do i", "score": 0.75},
     ]
-    swapped = PairInputs(pairs_table(rows), tokenizer, 16, swap=True)
+    swapped = PairInputs(pairs_table(rows), cross, 16, swap=True)
     batch = swapped.__getitems__([0, 1, 2, 3])
-    assert decoded(tokenizer, batch) == ["my card late", "pay how do i", "late my card", "how do i pay"]
+    assert decoded(cross, batch) == ["my card late", "pay how do i", "late my card", "how do i pay"]
     assert batch["scores"].tolist() == [0.25, 0.75, 0.25, 0.75]
     assert swapped.lengths.tolist() == [6, 7, 6, 7]
-    plain = PairInputs(pairs_table(rows), tokenizer, 16, swap=False)
-    assert decoded(tokenizer, plain.__getitems__([1, 0])) == ["pay how do i", "my card late"]
+    plain = PairInputs(pairs_table(rows), cross, 16, swap=False)
+    assert decoded(cross, plain.__getitems__([1, 0])) == ["pay how do i", "my card late"]
     assert plain.__getitems__([1, 0])["scores"].tolist() == [0.75, 0.25]
     assert len(plain.lengths) == 2
 
 
-def test_sentence_pairs_stay_aligned_with_each_other_and_their_scores(tokenizer):
+def test_sentence_pairs_stay_aligned_with_each_other_and_their_scores(bi):
     rows = random_pairs(30)
-    pairs = SentencePairs(pairs_table(rows), tokenizer, 64)
+    pairs = SentencePairs(pairs_table(rows), bi, 64)
     for indices in ([4, 0, 17], [29, 3]):
         batch = pairs.__getitems__(indices)
-        texts = decoded(tokenizer, batch)
+        texts = decoded(bi, batch)
         assert texts[: len(indices)] == [rows[i]["sentence1"] for i in indices]
         assert texts[len(indices) :] == [rows[i]["sentence2"] for i in indices]
         assert batch["scores"].tolist() == pytest.approx([rows[i]["score"] for i in indices])
@@ -265,14 +277,14 @@ def test_sentence_pairs_stay_aligned_with_each_other_and_their_scores(tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "swapped pairs", "sentences", "views"])
-def test_what_is_tokenised_batch_by_batch_gives_the_same_batches(kind, tokenizer, monkeypatch):
+def test_what_is_tokenised_batch_by_batch_gives_the_same_batches(kind, bi, cross, monkeypatch):
     table = pairs_table(random_pairs(12))
     sentences = table.select_columns("sentence1").rename_column("sentence1", "sentence")
     make = {
-        "pairs": lambda: PairInputs(table, tokenizer, 11, swap=False),
-        "swapped pairs": lambda: PairInputs(table, tokenizer, 11, swap=True),
-        "sentences": lambda: SentencePairs(table, tokenizer, 6),
-        "views": lambda: DropoutViews(sentences, tokenizer, 6),
+        "pairs": lambda: PairInputs(table, cross, 11, swap=False),
+        "swapped pairs": lambda: PairInputs(table, cross, 11, swap=True),
+        "sentences": lambda: SentencePairs(table, bi, 6),
+        "views": lambda: DropoutViews(sentences, bi, 6),
     }[kind]
     before = make()
     monkeypatch.setattr(data, "TOKENIZED_ROWS", 11)
@@ -287,23 +299,23 @@ def test_what_is_tokenised_batch_by_batch_gives_the_same_batches(kind, tokenizer
         assert kind == "views" or torch.equal(one["scores"], other["scores"])
 
 
-def test_lengths_of_what_is_not_tokenised_yet_are_bytes_of_text(tokenizer, monkeypatch):
+def test_lengths_of_what_is_not_tokenised_yet_are_bytes_of_text(bi, cross, monkeypatch):
     monkeypatch.setattr(data, "TOKENIZED_ROWS", 1)
     rows = [{"sentence1": "zoë", "sentence2": "ab", "score": 0.0}, {"sentence1": "a", "sentence2": "b", "score": 1.0}]
-    assert PairInputs(pairs_table(rows), tokenizer, 16, swap=True).lengths.tolist() == [6, 2, 6, 2]
-    assert SentencePairs(pairs_table(rows), tokenizer, 16).lengths.tolist() == [4, 1]
+    assert PairInputs(pairs_table(rows), cross, 16, swap=True).lengths.tolist() == [6, 2, 6, 2]
+    assert SentencePairs(pairs_table(rows), bi, 16).lengths.tolist() == [4, 1]
 
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123"  # 30 different characters
 
 
-def masked(tokenizer, span: int = 5, seed: int = 1) -> MaskedViews:
-    return MaskedViews(sentences_table(ALPHABET, "late app"), tokenizer, 64, span, seed)
+def masked(bi: BiEncoder, span: int = 5, seed: int = 1) -> MaskedViews:
+    return MaskedViews(sentences_table(ALPHABET, "late app"), bi, 64, span, seed)
 
 
 @pytest.mark.parametrize("span", [1, 5, 30])
-def test_exactly_the_span_is_replaced_by_the_mask_token(tokenizer, span):
-    views, starts = masked(tokenizer, span), set()
+def test_exactly_the_span_is_replaced_by_the_mask_token(bi, span):
+    views, starts = masked(bi, span), set()
     for index in range(400):
         before, after = views.mask_span(ALPHABET, index).split("[MASK]")
         assert before + ALPHABET[len(before) : len(before) + span] + after == ALPHABET
@@ -311,22 +323,22 @@ def test_exactly_the_span_is_replaced_by_the_mask_token(tokenizer, span):
     assert starts == set(range(30 - span + 1))  # the first and the last place included
 
 
-def test_the_mask_is_the_tokenizers_own(tokenizer):
-    tokenizer.mask_token = "<mask>"
-    assert "<mask>" in masked(tokenizer).mask_span(ALPHABET, 0)
+def test_the_mask_is_the_tokenizers_own(bi):
+    bi.tokenizer.mask_token = "<mask>"
+    assert "<mask>" in masked(bi).mask_span(ALPHABET, 0)
 
 
-def test_a_sentence_under_30_characters_stays_whole(tokenizer):
-    assert masked(tokenizer).mask_span(ALPHABET[:-1], 0) == ALPHABET[:-1]
+def test_a_sentence_under_30_characters_stays_whole(bi):
+    assert masked(bi).mask_span(ALPHABET[:-1], 0) == ALPHABET[:-1]
 
 
-def test_a_span_longer_than_a_sentence_masks_all_of_it(tokenizer):
-    assert masked(tokenizer, span=40).mask_span(ALPHABET, 0) == "[MASK]"
+def test_a_span_longer_than_a_sentence_masks_all_of_it(bi):
+    assert masked(bi, span=40).mask_span(ALPHABET, 0) == "[MASK]"
 
 
-def test_spans_depend_on_seed_epoch_and_row_alone(tokenizer):
+def test_spans_depend_on_seed_epoch_and_row_alone(bi):
     def draw(seed: int, epoch: int) -> list[str]:
-        views = masked(tokenizer, seed=seed)
+        views = masked(bi, seed=seed)
         views.epoch = epoch
         return [views.mask_span(ALPHABET, index) for index in range(20)]
 
@@ -335,17 +347,17 @@ def test_spans_depend_on_seed_epoch_and_row_alone(tokenizer):
     assert len(set(draw(1, 0))) > 5  # rows differ
 
 
-def test_masked_views_hold_the_sentences_as_they_are_and_then_masked(tokenizer):
+def test_masked_views_hold_the_sentences_as_they_are_and_then_masked(bi):
     sentences = ["how do i change my password app", "late app"]
-    views = MaskedViews(sentences_table(*sentences), tokenizer, 64, 5, 1)
+    views = MaskedViews(sentences_table(*sentences), bi, 64, 5, 1)
     batch = views.__getitems__([1, 0])["inputs"]
-    assert tokenizer.batch_decode(batch["input_ids"][:2], skip_special_tokens=True) == sentences[::-1]
-    masks = (batch["input_ids"] == tokenizer.mask_token_id).sum(1).tolist()
+    assert bi.tokenizer.batch_decode(batch["input_ids"][:2], skip_special_tokens=True) == sentences[::-1]
+    masks = (batch["input_ids"] == bi.tokenizer.mask_token_id).sum(1).tolist()
     assert masks == [0, 0, 0, 1]  # the short sentence stays whole in the second half as well
     assert set(batch) == {"input_ids", "attention_mask"}
 
 
-def test_a_tokenizer_without_mask_token_is_refused(tokenizer):
-    tokenizer.mask_token = None
+def test_a_tokenizer_without_mask_token_is_refused(bi):
+    bi.tokenizer.mask_token = None
     with pytest.raises(InputError, match="no mask token; use --method simcse"):
-        masked(tokenizer)
+        masked(bi)

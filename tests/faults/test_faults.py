@@ -27,8 +27,6 @@ from conftest import warm_python
 from harness import AT_WORK, Lane, complain, differences
 
 from transencoder.errors import BrokenRun, FullDisk, InputError, one_line_errors, storage_error, writing
-from transencoder.runtime import locks as processes
-from transencoder.runtime.locks import lock, remove_abandoned, unlock
 
 IS_ROOT = os.geteuid() == 0
 
@@ -184,30 +182,3 @@ def test_a_reader_that_is_gone_is_no_traceback():
     writer = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=others.ROOT)
     writer.stdout.close()
     assert writer.stderr.read() == b"" and writer.wait() == 1
-
-
-def test_an_output_has_one_process_at_a_time(tmp_path):
-    output = tmp_path / "run"
-    hold = "import sys, pathlib; from transencoder.runtime.locks import lock; lock(pathlib.Path(sys.argv[1])); input()"
-    words = [sys.executable, "-c", hold, str(output)]
-    other = subprocess.Popen(words, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(others.ROOT)})
-    while not (tmp_path / ".run.lock").exists() or not (tmp_path / ".run.lock").read_text():
-        assert other.poll() is None
-    with pytest.raises(InputError, match=rf"run: process {other.pid} on .* is at work there"):
-        lock(output)
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    lock(output)
-    lock(output)  # it has it
-    unlock(output)
-    unlock(output)
-    assert not list(tmp_path.iterdir()) and not any(tmp_path in path.parents for path in processes._held)
-
-
-def test_only_what_the_dead_left_is_removed(tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    for number in (gone.pid, os.getpid(), "x"):
-        (tmp_path / f".a.{number}.tmp").touch()
-    remove_abandoned(tmp_path, ".a.*.tmp")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f".a.{os.getpid()}.tmp", ".a.x.tmp"])

@@ -25,16 +25,19 @@ from support.loopback_hub import TOKEN, LoopbackHub
 
 from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
+from transencoder.data.pools import input_files
+from transencoder.data.scores import write_scores
 from transencoder.data.tables import read_pairs
-from transencoder.encoders import BiEncoder, CrossEncoder
+from transencoder.encoders import load_bi_encoder, load_cross_encoder
 from transencoder.errors import InputError
 from transencoder.hub import card, releases
 from transencoder.hub import push as hub
-from transencoder.labels import write_scores
+from transencoder.inference import Inference
+from transencoder.model_files import ModelOptions
 from transencoder.run.plan import load_plan
 from transencoder.runtime.files import write_json
 from transencoder.runtime.records import write_run
-from transencoder.scoring import Teachers, score_with
+from transencoder.scoring import Teachers
 
 TARGET = HubTarget(hub_model_id="acme/tiny")
 HISTORY = dict(examples=96, steps=6, kept_step=6, world_size=1, mixed_precision="no", dev=50.0, dev_metric="spearman")
@@ -65,9 +68,8 @@ def server(monkeypatch, tmp_path):
 
 def save_encoder(kind, plm, folder, seed):
     torch.manual_seed(seed)
-    encoder = (
-        CrossEncoder.from_pretrained(str(plm)) if kind == "cross" else BiEncoder.from_pretrained(str(plm), "mean")
-    )
+    plain = ModelOptions("mean")
+    encoder = load_cross_encoder(str(plm)) if kind == "cross" else load_bi_encoder(str(plm), plain)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -77,7 +79,8 @@ def save_encoder(kind, plm, folder, seed):
 
 def record(stage, folder, *words):
     history = HISTORY | ({"swap": True} if stage == "distill_bi2cross" else {})
-    write_run(parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)]), stage, "complete", **history)
+    arguments = parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)])
+    write_run(arguments, stage, "complete", input_files(arguments), **history)
 
 
 def results(folder, encoders, values):
@@ -165,8 +168,8 @@ def test_a_run_becomes_two_private_repositories_with_a_tag_for_each_cycle(server
     assert cross.at("main").files["model.safetensors"] == cross.at("cycle-1").files["model.safetensors"]
     expected = {".gitattributes", "README.md", "recipe.yaml", "progress.png", "config.json", "model.safetensors"}
     expected |= {"tokenizer.json", "tokenizer_config.json"}
-    assert set(cross.at("main").files) == expected
     expected |= {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+    assert set(cross.at("main").files) == expected
     assert set(bi.at("main").files) == expected | {"1_Pooling/config.json"}
     assert contents(run) == before
     assert "Pushed cycle 2, cross-encoder to acme/tiny-cross, tag cycle-2" in capsys.readouterr().err
@@ -409,9 +412,9 @@ def test_the_cards_own_code_loads_the_models_and_gives_their_scores(server, run)
     pairs = read_pairs([str(write_jsonl(run / "pair.jsonl", pair))])
     expected = []
     AcceleratorState._reset_state(reset_partial_state=True)  # another test may have chosen bf16 for this process
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    inference = Inference(Accelerator(cpu=True, mixed_precision="no"), 4096)
     for folder in ("cycle-1/bi-encoder/one", "cycle-1/cross-encoder/one", "cycle-2/bi-encoder/one"):
-        expected += 2 * [float(score_with(Teachers([str(run / folder)]), [pairs], accelerator, 4096)[0][0])]
+        expected += 2 * [float(Teachers([str(run / folder)]).score([pairs], inference)[0][0])]
     assert len(set(expected)) == 3
     # By sentence-transformers and by transformers alone, for each card.
     assert run_cards([*cards, tagged]) == pytest.approx(expected, abs=1e-6)

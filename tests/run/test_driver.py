@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, make_tokenizer, random_pairs, warm_python, write_jsonl
 
-from transencoder.runtime.backends import processor_cores
+from transencoder.runtime.backends import cpu_cores
 
 DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 
@@ -222,7 +222,7 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("launcher", "asked", "given"),
-    [([], None, str(processor_cores())), ([], "3", "3"), (["--launcher", "accelerate launch --cpu"], None, "")],
+    [([], None, str(cpu_cores())), ([], "3", "3"), (["--launcher", "accelerate launch --cpu"], None, "")],
 )
 def test_without_a_gpu_accelerate_is_asked_for_all_cores(recipe, tmp_path, launcher, asked, given):
     accelerate = tmp_path / "bin" / "accelerate"
@@ -434,9 +434,9 @@ def test_the_example_pairs_are_what_their_script_makes(tmp_path):
 
 
 def test_every_recipe_is_understood():
-    from transencoder.config.arguments import STAGES
     from transencoder.config.parsing import parse_stage
     from transencoder.config.recipes import as_options, read_recipe
+    from transencoder.config.stages import STAGES
     from transencoder.run.plan import load_plan
 
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):

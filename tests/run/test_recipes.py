@@ -11,7 +11,8 @@ from conftest import ROOT, random_pairs, random_sentences, write_jsonl
 
 from transencoder.config.recipes import DRIVER, read_recipe
 from transencoder.data.tasks import GROUPS, TASKS
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
+from transencoder.model_files import ModelOptions
 from transencoder.run.plan import TRAINING_STAGES
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -58,7 +59,7 @@ def stand_ins(tiny_bert, tiny_roberta, tmp_path_factory) -> dict[str, dict[str, 
     for name, plm in (("bert", tiny_bert), ("roberta", tiny_roberta)):
         ready = tmp_path_factory.mktemp("ready") / name
         ready.mkdir()
-        BiEncoder.from_pretrained(str(plm), "cls").save_pretrained(ready)
+        load_bi_encoder(str(plm), ModelOptions("cls")).save_pretrained(ready)
         found["plm"][name], found["bi_encoder"][name] = str(plm), str(ready)
     return found
 

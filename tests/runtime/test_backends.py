@@ -1,4 +1,4 @@
-"""However a global batch is cut, and whatever engine shares out the work: the same losses, weights and scores."""
+"""However a global batch is cut, and whatever backend shares out the work: the same losses, weights and scores."""
 
 import json
 
@@ -8,7 +8,8 @@ import pytest
 from conftest import launch, random_pairs, write_jsonl
 from safetensors.numpy import load_file
 
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
+from transencoder.model_files import ModelOptions
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ WAYS = {
     "zero3": ("deepspeed_zero3", 2, 16),
     "zero3-accumulated": ("deepspeed_zero3", 2, 8),
 }
-# Every stage under every engine; accumulation under the sharding ones once, where it is cheapest to see.
+# Every stage under every backend; accumulation under the sharding ones once, where it is cheapest to see.
 RUNS = [(stage, way) for stage in STAGES for way in list(WAYS)[1:] if stage == "cross" or "-accumulated" not in way]
 
 
@@ -41,7 +42,7 @@ def scores(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "bi"
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(folder)
     return folder
 
 

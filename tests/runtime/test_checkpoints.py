@@ -21,7 +21,7 @@ from torch import nn
 from transencoder.errors import InputError
 from transencoder.runtime import checkpoints
 from transencoder.runtime.checkpoints import Checkpoints, check_resumable
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.shards import Shards
 
 STAGES = {
     "contrastive": ["train_contrastive.py", "--method", "mirror", "--pooling", "mean"],
@@ -185,7 +185,7 @@ def test_scoring_goes_on_at_the_part_it_was_in(tiny_bert, corpus, tmp_path):
     damaged = min(parts.glob("*.npy"))
     damaged.write_bytes(damaged.read_bytes()[:-3])
     code, error = finish(start(*given("killed.parquet")))
-    assert code == 0 and "parts are done" in error and f"{damaged.name} is damaged" in error, error
+    assert code == 0 and "shards are done" in error and f"{damaged.name} is damaged" in error, error
     assert not parts.exists()
     whole, killed = (pq.read_table(tmp_path / f"{name}.parquet")["score"].to_pylist() for name in ("whole", "killed"))
     assert whole == killed
@@ -271,29 +271,54 @@ def test_nothing_to_go_on_from(tmp_path):
     assert not Checkpoints(Accelerator(cpu=True), str(tmp_path), keep=2).load_newest()
 
 
-def test_checkpoints_of_another_engine_are_refused(trained, monkeypatch):
+def test_checkpoints_of_another_backend_are_refused(trained, monkeypatch):
     kept, _ = trained
     output = str(kept.folder.parent)
     check_resumable(output, kept.accelerator)
-    monkeypatch.setattr(checkpoints, "engine_name", lambda accelerator: "fsdp")
+    monkeypatch.setattr(checkpoints, "backend_name", lambda accelerator: "fsdp")
     with pytest.raises(InputError, match=r"written under plain, this is fsdp.*--overwrite"):
         check_resumable(output, kept.accelerator)
-    monkeypatch.setattr(checkpoints, "engine_name", lambda accelerator: "deepspeed-zero2")
+    monkeypatch.setattr(checkpoints, "backend_name", lambda accelerator: "deepspeed-zero2")
     path = kept.folder / "step-000006" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "engine": "deepspeed-zero2", "world_size": 4}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "backend": "deepspeed-zero2", "world_size": 4}))
     with pytest.raises(InputError, match="written by 4 processes, these are 1"):
         check_resumable(output, kept.accelerator)
+
+
+def test_checkpoints_of_an_older_version_are_refused(trained):
+    kept, _ = trained
+    for path in kept.folder.glob("step-*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["engine"] = manifest.pop("backend")  # as it was called then
+        path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"checkpoints were written by an older version.*--overwrite"):
+        check_resumable(str(kept.folder.parent), kept.accelerator)
+
+
+def test_checkpoints_are_ordered_by_number(trained):
+    kept, model = trained
+    for place, step in enumerate((999_998, 1_000_000)):
+        target = kept.folder / f"step-{step:06}"
+        (kept.folder / f"step-00000{4 + 2 * place}").rename(target)
+    (kept.folder / "step-000006.bak").mkdir()
+    assert kept.newest().name == "step-1000000" and kept.load_newest() and model.weight.item() == 6
+    kept.save(1_000_002, 0)
+    assert [name for name in names(kept.folder) if name.startswith("step")] == [
+        "step-000006.bak",
+        "step-1000000",
+        "step-1000002",
+    ]
 
 
 def test_parts_of_another_scoring_are_thrown_away(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, output, part = Accelerator(cpu=True), tmp_path / "out.parquet", np.ones((3, 2), dtype=np.float32)
-    parts = Parts(output, {"encoders": ["a"]}, 3, accelerator)
+    parts = Shards(output, {"encoders": ["a"]}, 3, accelerator)
     parts.save("encoder-0", 0, part)
-    again = Parts(output, {"encoders": ["a"]}, 3, accelerator)
+    again = Shards(output, {"encoders": ["a"]}, 3, accelerator)
     assert np.array_equal(again.load("encoder-0", 0, 3), part)
     assert again.load("encoder-0", 0, 2) is None and again.load("encoder-0", 1, 3) is None
     for facts, rows in (({"encoders": ["b"]}, 3), ({"encoders": ["a"]}, 4)):
-        assert Parts(output, facts, rows, accelerator).load("encoder-0", 0, 3) is None
+        assert Shards(output, facts, rows, accelerator).load("encoder-0", 0, 3) is None
     parts.remove()
     assert names(tmp_path) == []

@@ -3,8 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
+import socket
+import subprocess
 from argparse import Namespace
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,14 +18,19 @@ import pyarrow.parquet as pq
 import pytest
 
 import transencoder
+from transencoder.config.stages import STAGES
 from transencoder.data import tables
+from transencoder.data.pools import input_files
+from transencoder.data.scores import check_output, is_made, write_scores
 from transencoder.data.tables import read_pairs
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import load_bi_encoder
 from transencoder.errors import InputError
 from transencoder.inference import token_batches
-from transencoder.labels import check_output, read_label_pairs, scores_are_there, write_scores
-from transencoder.runtime.files import place_model, write_folder, write_json
-from transencoder.runtime.records import RUN_FILE, claim, difference, identity, write_run
+from transencoder.labels import read_label_pairs
+from transencoder.model_files import ModelOptions
+from transencoder.runtime import records
+from transencoder.runtime.files import place_model, replacing, write_json
+from transencoder.runtime.records import RUN_FILE, difference
 
 STAGE = "distill_bi2cross"
 
@@ -49,28 +59,62 @@ def test_json_that_cannot_be_written_leaves_the_old_file_as_it_was(tmp_path, con
     assert names(tmp_path) == ["a.json"]
 
 
+def write_folder(target: Path, *files: str) -> None:
+    with replacing(target) as folder:
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     target = tmp_path / "models" / "best"
-    write_folder(target, lambda folder: [(folder / name).touch() for name in ("a", "b")])
+    write_folder(target, "a", "b")
     assert names(target) == ["a", "b"]
-    write_folder(target, lambda folder: (folder / "c").touch())
+    write_folder(target, "c")
     assert names(target) == ["c"]
     assert names(target.parent) == ["best"]
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
-    def fail(folder: Path) -> None:
-        (folder / "half").touch()
-        raise OSError("disk full")
-
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path, kind):
     target = tmp_path / "best"
-    write_folder(target, lambda folder: (folder / "a").touch())
-    with pytest.raises(OSError, match="disk full"):
-        write_folder(target, fail)
-    assert names(target) == ["a"]
-    write_folder(target, lambda folder: (folder / "b").touch())
-    assert names(target) == ["b"]  # nothing of the failed attempt
+    if kind == "folder":
+        write_folder(target, "old")
+    else:
+        target.write_text("old")
+    with pytest.raises(OSError, match="disk full"), replacing(target) as temporary:
+        (temporary if kind == "file" else temporary.parent / "stray").write_text("half")
+        raise OSError("disk full")
+    assert names(target) == ["old"] if kind == "folder" else target.read_text() == "old"
     assert names(tmp_path) == ["best"]
+
+
+def test_an_old_folder_is_missing_for_no_longer_than_a_rename(tmp_path, monkeypatch):
+    """The old one goes when the new one is whole, and is deleted when the new one is in its place."""
+    target, seen, replace, rmtree = tmp_path / "best", [], os.replace, shutil.rmtree
+    write_folder(target, "old")
+
+    def noted(work):
+        def wrapper(*words, **options):
+            seen.append((work.__name__, names(target) if target.exists() else None))
+            return work(*words, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "replace", noted(replace))
+    monkeypatch.setattr(shutil, "rmtree", noted(rmtree))
+    write_folder(target, "new")
+    assert seen == [("replace", ["old"]), ("replace", None), ("rmtree", ["new"])]
+
+
+def test_only_what_the_dead_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f".a.{socket.gethostname()}.{number}.tmp" for number in (gone.pid, os.getppid(), "x")]
+    for name in [*left, f".a.elsewhere.{gone.pid}.tmp"]:
+        (tmp_path / name / "half").mkdir(parents=True)
+    write_json(tmp_path / "a", 1)
+    assert names(tmp_path) == sorted([*left[1:], f".a.elsewhere.{gone.pid}.tmp", "a"])
 
 
 def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
@@ -80,6 +124,7 @@ def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
         (source / name).write_text("cross")
     (target / "1_Pooling").mkdir(parents=True)
     (target / "1_Pooling" / "config.json").touch()
+    (target / "2_Dense").mkdir()
     bi = ["config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"]
     bi += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer_config.json", "vocab.txt"]
     bi += ["merges.txt", "special_tokens_map.json", "tokenizer.json"]
@@ -121,9 +166,27 @@ def test_placing_into_a_folder_replaces_what_has_the_same_name(tmp_path):
 # --- whose output folder it is ---------------------------------------------------------------------------------------
 
 
-def run_arguments(folder: Path, **changes: object) -> Namespace:
+def some_options(**values: object) -> Any:
+    """These options, with the properties that the stages give them."""
+    known = {option.name: option.metadata for stage in STAGES.values() for option in fields(stage.arguments)}
+    return make_dataclass("Options", [(name, Any, field(metadata=known[name])) for name in values])(**values)
+
+
+def run_arguments(folder: Path, **changes: object) -> Any:
     values = dict(output_dir=str(folder), overwrite=False, seed=1, learning_rate=2e-5, pairs=["a.tsv"], recipe=None)
-    return Namespace(**{**values, **changes})
+    return some_options(**{**values, **changes})
+
+
+def identity(arguments: Any) -> dict[str, Any]:
+    return records.identity(arguments, input_files(arguments))
+
+
+def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
+    return records.claim(arguments, stage, input_files(arguments), result)
+
+
+def write_run(arguments: Any, stage: str, status: str, **metadata: Any) -> None:
+    records.write_run(arguments, stage, status, input_files(arguments), **metadata)
 
 
 def test_a_new_or_empty_folder_is_free(tmp_path):
@@ -287,8 +350,8 @@ def test_where_a_result_goes_is_no_part_of_what_it_is(tmp_path):
     for name in ("recipe.yaml", "scores.parquet"):
         (tmp_path / name).write_text("x")
     recipe, output = (str(tmp_path / name) for name in ("recipe.yaml", "scores.parquet"))
-    with_files = identity(Namespace(seed=1, output=output, recipe=recipe, output_dir=str(tmp_path)))
-    assert with_files == identity(Namespace(seed=1)) == {"seed": 1, "inputs": {}}
+    with_files = identity(some_options(seed=1, output=output, recipe=recipe, output_dir=str(tmp_path)))
+    assert with_files == identity(some_options(seed=1)) == {"seed": 1, "inputs": {}}
 
 
 @pytest.mark.parametrize("status", ["running", "complete"])
@@ -389,9 +452,9 @@ def test_written_scores_are_read_as_training_pairs(tmp_path):
 
 def test_scores_are_there_when_they_come_from_the_same_facts(tmp_path):
     path = tmp_path / "scores.parquet"
-    assert scores_are_there(path, FACTS) is False
+    assert is_made(path, FACTS) is False
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
-    assert scores_are_there(path, dict(FACTS)) is True
+    assert is_made(path, dict(FACTS)) is True
 
 
 def test_other_scores_are_refused_with_the_difference(tmp_path):
@@ -400,40 +463,40 @@ def test_other_scores_are_refused_with_the_difference(tmp_path):
     with pytest.raises(
         InputError, match=r"--output .*scores\.parquet: holds other scores \(seed is 1 there and 2 here\)"
     ):
-        scores_are_there(path, {**FACTS, "seed": 2})
+        is_made(path, {**FACTS, "seed": 2})
 
 
 def test_files_that_are_not_our_scores_are_refused(tmp_path):
     path = tmp_path / "scores.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(InputError, match="was not written by this tool; add --overwrite"):
-        scores_are_there(path, FACTS)
+        is_made(path, FACTS)
     path.write_text("text")
     with pytest.raises(InputError, match="is not a Parquet file; add --overwrite"):
-        scores_are_there(path, FACTS)
+        is_made(path, FACTS)
     os.unlink(path)
     path.mkdir()
     with pytest.raises(InputError, match=r"--output .*scores\.parquet: must be the name of a \.parquet file"):
-        scores_are_there(path, FACTS)
+        is_made(path, FACTS)
 
 
 def test_the_number_of_processes_is_noted_and_makes_no_other_scores(tmp_path):
     path = tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), {**FACTS, "world_size": 2})
     assert json.loads(pq.read_schema(path).metadata[b"transencoder"])["world_size"] == 2
-    assert scores_are_there(path, FACTS) is True
+    assert is_made(path, FACTS) is True
     with pytest.raises(InputError, match="seed is 1 there and 2 here"):
-        scores_are_there(path, {**FACTS, "seed": 2})
+        is_made(path, {**FACTS, "seed": 2})
 
 
 def test_scores_of_files_that_have_changed_are_refused(tmp_path):
     (tmp_path / "pairs.txt").write_text("a||b\n")
     arguments, path = run_arguments(tmp_path, pairs=[str(tmp_path / "pairs.txt")]), tmp_path / "scores.parquet"
     write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), identity(arguments))
-    assert scores_are_there(path, identity(arguments)) is True
+    assert is_made(path, identity(arguments)) is True
     (tmp_path / "pairs.txt").write_text("a||c\n")
     with pytest.raises(InputError, match=r"holds other scores \(.*pairs\.txt has changed since\)"):
-        scores_are_there(path, identity(arguments))
+        is_made(path, identity(arguments))
 
 
 @pytest.mark.parametrize("name", ["scores", "scores.tsv", "scores.parquet.gz", "parquet"])
@@ -441,7 +504,7 @@ def test_scores_go_into_a_parquet_file_only(tmp_path, name):
     with pytest.raises(InputError, match=r"must be the name of a \.parquet file"):
         check_output(tmp_path / name)
     with pytest.raises(InputError, match=r"must be the name of a \.parquet file"):
-        scores_are_there(tmp_path / name, FACTS)
+        is_made(tmp_path / name, FACTS)
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
@@ -454,7 +517,7 @@ def test_an_output_in_a_folder_without_permission_is_refused(tmp_path, monkeypat
     def refuse(**options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("transencoder.labels.tempfile.TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr("transencoder.data.scores.tempfile.TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(InputError, match="cannot be written: Permission denied"):
         check_output(tmp_path / "scores.parquet")
 
@@ -473,7 +536,7 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
             super().write_table(table)
             raise OSError("disk full")
 
-    monkeypatch.setattr("transencoder.labels.pq.ParquetWriter", FullDisk)
+    monkeypatch.setattr("transencoder.data.scores.pq.ParquetWriter", FullDisk)
     with pytest.raises(OSError, match="disk full"):
         write_scores(path, pairs_table(), np.ones(5, dtype=np.float32), FACTS)
     assert names(tmp_path) == ["scores.parquet"]
@@ -481,6 +544,9 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
 
 
 # --- a student's pairs -----------------------------------------------------------------------------------------------
+
+
+SCALES = "as cosines and probabilities are; step 2 takes other scales with --rescale logistic"
 
 
 def label_arguments(**changes: object) -> Namespace:
@@ -494,7 +560,7 @@ def test_scores_that_are_neither_cosines_nor_probabilities_are_refused_with_thei
     path.write_text(f"sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\t{score}\ne\tf\t7\n")
     with pytest.raises(InputError) as caught:
         read_label_pairs(label_arguments(scores=str(path)))
-    assert str(caught.value) == f"{path}: row 2: score {float(score)} is not in [-1, 1]"
+    assert str(caught.value) == f"{path}: row 2: score {float(score)} is not in [-1, 1], {SCALES}"
 
 
 def test_scores_up_to_rounding_are_taken_and_repeats_kept(tmp_path):
@@ -508,7 +574,7 @@ def test_scores_up_to_rounding_are_taken_and_repeats_kept(tmp_path):
 def test_pairs_for_teachers_come_without_repeats_and_scores(tmp_path, tiny_bert):
     folder = tmp_path / "bi"
     folder.mkdir()
-    BiEncoder.from_pretrained(str(tiny_bert), "mean").save_pretrained(folder)
+    load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(folder)
     path = tmp_path / "pairs.txt"
     path.write_text("a||b\nc||d\na||b\nb||a\n")
     table = read_label_pairs(label_arguments(teachers=[str(folder)], pairs=[str(path)]))

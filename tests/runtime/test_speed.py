@@ -12,10 +12,10 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from transencoder.runtime.speed import (
     ATTENTION_ENDS,
-    ProcessorDropout,
+    CPUDropout,
     keep_few_primitives,
     read_first_token_only,
-    use_processor_dropout,
+    use_cpu_dropout,
 )
 
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
@@ -65,7 +65,7 @@ def test_an_architecture_that_is_not_known_computes_all_tokens():
 
 
 def test_dropout_keeps_and_scales_up_the_share_that_it_should():
-    dropout = ProcessorDropout(0.1)
+    dropout = CPUDropout(0.1)
     torch.manual_seed(3)
     ones = torch.ones(501, 403, requires_grad=True)
     dropped = dropout(ones)
@@ -77,7 +77,7 @@ def test_dropout_keeps_and_scales_up_the_share_that_it_should():
 
 
 def test_dropout_draws_from_torchs_generator():
-    dropout, states = ProcessorDropout(0.3), torch.ones(7, 9)
+    dropout, states = CPUDropout(0.3), torch.ones(7, 9)
     torch.manual_seed(5)
     first, second = dropout(states), dropout(states)
     torch.manual_seed(5)
@@ -88,7 +88,7 @@ def test_dropout_draws_from_torchs_generator():
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_everything(probability):
-    dropped = ProcessorDropout(probability)(torch.ones(4, 4))
+    dropped = CPUDropout(probability)(torch.ones(4, 4))
     assert torch.equal(dropped, torch.full((4, 4), 1 - probability))
 
 
@@ -96,8 +96,8 @@ def test_every_dropout_layer_is_exchanged_and_none_works_outside_training():
     model = make_model("bert")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     before, weights = first_token(model)[0], model.state_dict().keys()
-    use_processor_dropout(model)
-    changed = {name: module for name, module in model.named_modules() if type(module) is ProcessorDropout}
+    use_cpu_dropout(model)
+    changed = {name: module for name, module in model.named_modules() if type(module) is CPUDropout}
     assert list(changed) == names and {module.p for module in changed.values()} == {0.1}
     assert torch.equal(first_token(model)[0], before) and model.state_dict().keys() == weights
     model.train()

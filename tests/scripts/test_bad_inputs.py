@@ -26,28 +26,32 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import launch_command, random_pairs, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from transencoder.config.arguments import STAGES
 from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options, read_recipe
-from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments, parse_tool
+from transencoder.config.stages import STAGES
+from transencoder.config.tools import DuplicatesArguments, SearchArguments, parse_tool
+from transencoder.data.scores import read_metadata
 from transencoder.data.tables import read_pairs, read_sentences
 from transencoder.data.tasks import load_task
 from transencoder.encoders import load_encoder
 from transencoder.errors import one_line_errors
 from transencoder.hub.push import recall, stage_repository
-from transencoder.labels import read_facts
-from transencoder.model_files import check_encoders, check_language_model
+from transencoder.inference import Inference
+from transencoder.model_checks import check_encoders, check_language_model
+from transencoder.model_files import ModelOptions
 from transencoder.run.plan import load_plan
 from transencoder.run.stages import Stage, make_stages
 from transencoder.run.summary import read_results
 from transencoder.runtime.accelerator import quiet_libraries
 from transencoder.runtime.records import claim
+from transencoder.scoring import score_texts
 from transencoder.search.index import check_index
 
 LONGER = int(os.environ.get("FUZZ_EXAMPLES", 0))
@@ -342,7 +346,6 @@ SCRIPTS: dict[str, list[str]] = {
         *("--bi_encoder", "{model}", "--cross_encoder", "{model}"),
         *("--sentences", "{odd}", "--output", "{out}/x.csv"),
     ],
-    "demo.py": ["--run", "{odd}"],
     "plan_run.py": ["--recipe", "{odd}", "--output_dir", "{out}"],
     "summarize_run.py": ["{odd}"],
     "run_stages.py": ["{odd}"],
@@ -374,7 +377,7 @@ def test_a_script_refuses_what_is_no_file_and_leaves_nothing(
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
-KEYS = sorted({field.name for arguments in STAGES.values() for field in dataclasses.fields(arguments)})
+KEYS = sorted({field.name for stage in STAGES.values() for field in dataclasses.fields(stage.arguments)})
 PLAN_KEYS = ["students", "tasks", "pairs", "sentences", "dev", "cycles", "data_dir", "paper", "stop_at", "remine"]
 PLAN_KEYS += ["num_training_pairs", "extra_pairs", "student_start", "alternate", "sentences_b", "no such key"]
 WORDS = st.one_of(
@@ -569,7 +572,7 @@ OPTION_VALUES = st.one_of(st.integers(1, 99), st.sampled_from(["mean", "cls", "b
 def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
     """A stage and words for it: what it requires, and some options with any values."""
     stage = draw(st.sampled_from(sorted(STAGES)))
-    names = [field.name for field in dataclasses.fields(STAGES[stage]) if field.name != "recipe"]
+    names = [field.name for field in dataclasses.fields(STAGES[stage].arguments) if field.name != "recipe"]
     values = draw(st.dictionaries(st.sampled_from(names), OPTION_VALUES, max_size=2))
     extra = draw(st.sampled_from([[], [], [], ["--overwrite"], ["x"], ["--no_such_option", "1"], [""]]))
     return stage, as_options({**REQUIRED[stage], **values}) + extra
@@ -588,7 +591,7 @@ TOOL_OPTIONS += ["port", "run"]
 
 @cases(60)
 @given(
-    tool=st.sampled_from([SearchArguments, DuplicatesArguments, DemoArguments]),
+    tool=st.sampled_from([SearchArguments, DuplicatesArguments]),
     values=st.dictionaries(st.sampled_from(TOOL_OPTIONS), OPTION_VALUES, max_size=2),
 )
 def test_any_words_are_arguments_of_a_tool_or_refused(tool, values):
@@ -620,7 +623,7 @@ def test_an_output_folder_with_any_record_is_refused(place, record):
     (folder / "run.json").write_bytes(record)
     arguments = parse_stage("train_contrastive", argv=as_options(REQUIRED["train_contrastive"]))
     arguments.output_dir = str(folder)
-    assert is_refused(outcome(lambda: claim(arguments, "train_contrastive"), ("record", record)))
+    assert is_refused(outcome(lambda: claim(arguments, "train_contrastive", []), ("record", record)))
 
 
 TAKES_A_RECORD = {
@@ -651,7 +654,7 @@ def test_any_record_in_the_place_of_ours_is_read_or_refused_by_name(place, recor
 def test_any_metadata_of_a_parquet_file_is_read_or_passed_over(place, record):
     path = place / "facts.parquet"
     pq.write_table(pa.table({"score": [0.5]}).replace_schema_metadata({"transencoder": record}), path)
-    assert isinstance(outcome(lambda: read_facts(path), ("facts", record)), dict | None)
+    assert isinstance(outcome(lambda: read_metadata(path), ("facts", record)), dict | None)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -673,8 +676,10 @@ def changed(folder: Path, changes: dict[str, bytes | None]) -> Iterator[Path]:
 
 def use_model(folder: Path) -> str:
     """Check and load an encoder, as a script that scores does."""
-    check_encoders([str(folder)], "mean")
-    return load_encoder(str(folder), "mean").kind
+    check_encoders([str(folder)], ModelOptions("mean"))
+    encoder, texts = load_encoder(str(folder), ModelOptions("mean")), (["a", "b c"], ["d", "e"])
+    assert score_texts(encoder.eval(), *texts, Inference(Accelerator(cpu=True))).shape == (2,)
+    return encoder.kind
 
 
 CONFIG_KEYS = ["model_type", "architectures", "id2label", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -716,7 +721,9 @@ def test_a_model_with_any_configuration_is_loaded_or_refused_by_name(bi_encoder,
 
 
 SIDE_FILES = ["config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "tokenizer.json"]
-SIDE_FILES += ["tokenizer_config.json", "run.json", "special_tokens_map.json"]
+SIDE_FILES += ["tokenizer_config.json", "run.json", "special_tokens_map.json", "config_sentence_transformers.json"]
+SIDE_KEYS = ["max_seq_length", "pooling_mode", "pooling_mode_mean_tokens", "model", "type", "status", "prompts"]
+SIDE_KEYS += ["default_prompt_name", "similarity_fn_name", "truncate_dim", "module_output_name", "modality_config"]
 
 
 @cases(90)
@@ -726,7 +733,7 @@ SIDE_FILES += ["tokenizer_config.json", "run.json", "special_tokens_map.json"]
         st.none(),
         st.sampled_from([b"", b"null", b"[]", b"{}", b"0", b'"x"', b"[{}]", b"\xff\xfe", b"[" * 5_000, b"{" * 10]),
         st.dictionaries(
-            st.sampled_from(["max_seq_length", "pooling_mode", "pooling_mode_mean_tokens", "model", "type", "status"]),
+            st.sampled_from(SIDE_KEYS),
             MODEL_VALUES,
         ).map(lambda content: json.dumps(content).encode()),
     ),
@@ -735,6 +742,35 @@ def test_a_model_with_any_file_in_the_place_of_its_own_is_loaded_or_refused_by_n
     with changed(bi_encoder, {name: content}) as model:
         result = outcome(lambda: use_model(model), ("model file", name, content))
         assert not is_refused(result) or str(model) in result
+
+
+SETTINGS = {
+    "config_sentence_transformers.json": ["prompts", "default_prompt_name", "similarity_fn_name", "activation_fn"],
+    "sentence_bert_config.json": ["max_seq_length", "module_output_name", "modality_config", "transformer_task"],
+    "1_Pooling/config.json": ["pooling_mode", "embedding_dimension", "include_prompt"],
+}
+
+
+@cases(120)
+@given(
+    kind=st.sampled_from(["bi", "cross"]),
+    place_=st.sampled_from([(file, key) for file, keys in SETTINGS.items() for key in keys]),
+    value=MODEL_VALUES,
+)
+@example(kind="bi", place_=("config_sentence_transformers.json", "default_prompt_name"), value=["x"])
+@example(kind="bi", place_=("config_sentence_transformers.json", "truncate_dim"), value="x")
+@example(kind="cross", place_=("sentence_bert_config.json", "max_seq_length"), value=-2)
+@example(kind="cross", place_=("sentence_bert_config.json", "max_seq_length"), value="x")
+@example(kind="bi", place_=("sentence_bert_config.json", "module_output_name"), value=[])
+def test_a_model_with_any_setting_of_its_modules_is_used_or_refused_by_name(
+    bi_encoder, cross_encoder, kind, place_, value
+):
+    folder, (file, key) = bi_encoder if kind == "bi" else cross_encoder, place_
+    if (folder / file).exists():
+        content = json.loads((folder / file).read_text(encoding="utf-8")) | {key: value}
+        with changed(folder, {file: json.dumps(content).encode()}) as model:
+            result = outcome(lambda: use_model(model), ("setting", kind, place_, value))
+            assert not is_refused(result) or str(model) in result
 
 
 @cases(40)
@@ -755,7 +791,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_file_and_name(cross_enco
         name = sorted(weights)[3]
         weights[name].view(-1)[-1] = value
         save_file(weights, model / "model.safetensors", {"format": "pt"})
-        result = outcome(lambda: check_encoders([str(model)], None), ("not finite", value, dtype))
+        result = outcome(lambda: check_encoders([str(model)]), ("not finite", value, dtype))
         assert f"{model / 'model.safetensors'}: {name} holds values that are not finite" in result
 
 

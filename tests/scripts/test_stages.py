@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import launch, random_pairs, write_jsonl
 
-from transencoder.model_files import inspect_encoder
-from transencoder.runtime.backends import processor_cores
+from transencoder.model_checks import inspect_encoder
+from transencoder.runtime.backends import cpu_cores
 
 QUICK = [
     "--total_batch_size",
@@ -56,7 +56,7 @@ def bi_scores(start, corpus):
     path = start.parent / "bi-scores.parquet"
     words = ["--encoders", start, "--pairs", corpus / "pairs.jsonl", "--output", path]
     result = must(launch("score_pairs.py", *words))  # with one thread
-    assert ("cores idle" in result.stderr) == (processor_cores() > 1)
+    assert ("cores idle" in result.stderr) == (cpu_cores() > 1)
     return path
 
 

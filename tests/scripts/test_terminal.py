@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 
-from transencoder.config.arguments import STAGES
-from transencoder.config.tools import DemoArguments, DuplicatesArguments, SearchArguments
+from transencoder.config.stages import STAGES
+from transencoder.config.tools import DuplicatesArguments, SearchArguments
 from transencoder.runtime.accelerator import log_next, progress_bar
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-ARGUMENTS = {**STAGES, "search": SearchArguments, "find_duplicates": DuplicatesArguments, "demo": DemoArguments}
+ARGUMENTS = {name: stage.arguments for name, stage in STAGES.items()}
+ARGUMENTS |= {"search": SearchArguments, "find_duplicates": DuplicatesArguments}
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_options_stand_in_groups_with_what_is_required_first(page):
     assert options["--output_dir"][0] == "required"
     assert options["--learning_rate"][0].startswith("training") and "(default: 2e-05)" in options["--learning_rate"][1]
     assert options["--push_to_hub"][0] == options["--hub_model_id"][0] == "the Hub"
-    assert options["--seed"][0] == "every stage"
+    assert options["--seed"][0] == "general"
 
 
 def test_a_hint_is_for_somebody_at_a_terminal_who_runs_a_stage_alone(monkeypatch, capsys):

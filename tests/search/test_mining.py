@@ -11,19 +11,10 @@ from conftest import launch, random_sentences, save_telling_encoders
 from transencoder.config.parsing import parse_stage
 from transencoder.data.tables import read_pairs
 from transencoder.errors import InputError
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.shards import Shards
 from transencoder.search import mining
-from transencoder.search.mining import (
-    Miner,
-    Sides,
-    Source,
-    draw,
-    parse_mix,
-    spread_evenly,
-    texts_of,
-    wanted_pairs,
-    without_self,
-)
+from transencoder.search.mining import Miner, draw, spread_evenly, texts_of, without_self
+from transencoder.search.mix import Sides, Source, parse_mix, wanted_pairs
 
 
 def table(sentences):
@@ -136,7 +127,7 @@ def circle(count):
 
 
 def mine(folder, accelerator, sides, vectors, mix, wanted, seed=3):
-    parts = Parts(folder / "pairs.parquet", {"seed": seed}, 10, accelerator)
+    parts = Shards(folder / "pairs.parquet", {"seed": seed}, 10, accelerator)
     return Miner(sides, vectors, parse_mix(mix), wanted, seed, parts, accelerator)
 
 

@@ -7,12 +7,14 @@ import shutil
 import faiss
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import random_sentences
 
 from transencoder.data.tables import read_pairs
-from transencoder.embeddings import run_on_texts
+from transencoder.embeddings import embed_texts
 from transencoder.encoders import load_encoder
+from transencoder.inference import Inference
 from transencoder.search import neighbours
 from transencoder.search.clusters import candidate_pairs, communities
 from transencoder.search.index import Hit, grown, load_index, partners, recall
@@ -34,14 +36,12 @@ def test_results_are_those_of_scoring_everything(words, bi_encoder, cross_encode
     (line,) = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert line["query"] == query and line["retrieve_ms"] > 0 and line["rerank_ms"] > 0
 
-    accelerator = Accelerator(cpu=True)
+    inference = Inference(Accelerator(cpu=True))
     bi, cross = (load_encoder(str(folder)).eval() for folder in (bi_encoder, cross_encoder))
-    cosines = (
-        run_on_texts(bi, sentences, accelerator=accelerator) @ run_on_texts(bi, [query], accelerator=accelerator)[0]
-    )
+    cosines = embed_texts(bi, sentences, inference) @ embed_texts(bi, [query], inference)[0]
     queries = [query] * len(sentences)
-    forth = run_on_texts(cross, queries, sentences, accelerator=accelerator)
-    scores = (forth + run_on_texts(cross, sentences, queries, accelerator=accelerator)) / 2
+    orders = [inference.run_texts(cross, *pair).sigmoid() for pair in ((queries, sentences), (sentences, queries))]
+    scores = torch.stack(orders).mean(dim=0).numpy()
     candidates = np.argsort(-cosines)[:12]
     best = sorted(candidates, key=lambda row: -scores[row] - cosines[row])[:5]
     assert [hit["sentence"] for hit in line["hits"]] == [sentences[row] for row in best]
@@ -134,7 +134,8 @@ def test_an_index_of_another_model_and_a_damaged_one_are_refused(words, bi_encod
     assert damaged.returncode == 2 and "damaged; delete it" in damaged.stderr
 
 
-def test_a_growing_index_finds_what_one_of_all_rows_finds(monkeypatch):
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
+def test_a_growing_index_finds_what_one_of_all_rows_finds(similarity, monkeypatch):
     """Exact, then from exact to clusters, then clusters that grow."""
     monkeypatch.setattr(neighbours, "EXACT_ROWS", 600)
     vectors = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
@@ -146,7 +147,7 @@ def test_a_growing_index_finds_what_one_of_all_rows_finds(monkeypatch):
         (500, 1500, faiss.IndexIVF),
         (1500, 2000, faiss.IndexIVF),
     ):
-        made = grown(made, vectors[start:end], seed=0)
+        made = grown(made, vectors[start:end], similarity, seed=0)
         assert made.ntotal == end and isinstance(faiss.downcast_index(made), kind)
         rows = made.search(vectors[:end:50], 1)[1][:, 0]
         assert np.mean(rows == np.arange(0, end, 50)) > 0.95

@@ -149,7 +149,8 @@ def import_all() -> None:
     import accelerate.commands.launch  # noqa: F401
     import conftest  # noqa: F401
     import faiss  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import sentence_transformers  # noqa: F401
     import torch.distributed.run  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 

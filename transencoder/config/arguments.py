@@ -4,7 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from transencoder.config.options import HubArguments, ReportArguments, StageArguments, option
+from transencoder.config.options import (
+    HubArguments,
+    ModelArguments,
+    ReportArguments,
+    ShardArguments,
+    StageArguments,
+    option,
+    with_default,
+)
 from transencoder.errors import InputError
 
 # What mine_pairs.py looks for unless it is told otherwise (docs/results.md compares mixes).
@@ -13,37 +21,50 @@ DEFAULT_MIX = ("lexical:1-10=1", "nearest:1-3=1", "nearest:4-20=1", "nearest:21-
 
 @dataclass
 class TrainingArguments(HubArguments, ReportArguments, StageArguments):
-    """What the three training stages share."""
+    """Options of the three training stages."""
 
     GROUP = "training (the defaults are the paper's, where it gives a value)"
 
-    output_dir: str = option("Folder for the trained model.")
-    learning_rate: float = option("Peak learning rate.")
-    total_batch_size: int = option("Examples in one optimizer step, over all processes and accumulation steps.")
+    output_dir: str = option("Folder for the trained model.", identity=False)
+    learning_rate: float = option("Peak learning rate.", positive=True)
+    total_batch_size: int = option(
+        "Examples in one optimizer step, over all processes and accumulation steps.", limits=(1, None)
+    )
     micro_batch_size: int | None = option(
         "Most examples in one forward pass of one process; accumulation follows from it. Default: no accumulation.",
         None,
+        limits=(1, None),
+        identity=False,
     )
-    num_epochs: int = option("Passes over the data.", 1)
-    max_steps: int | None = option("Stop after this many optimizer steps, whatever num_epochs says.", None)
-    warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.0)
-    weight_decay: float = option("AdamW weight decay (not on biases and norms).", 0.01)
-    max_grad_norm: float = option("Gradient clipping.", 1.0)
-    max_length: int = option("Most tokens of one input; the rest is cut off.", 64)
-    dropout: float | None = option("Dropout of the encoder. Default: what its configuration says.", None)
+    num_epochs: int = option("Passes over the data.", 1, limits=(1, None))
+    max_steps: int | None = option(
+        "Stop after this many optimizer steps, whatever num_epochs says.", None, limits=(1, None)
+    )
+    warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.0, limits=(0, 1))
+    weight_decay: float = option("AdamW weight decay (not on biases and norms).", 0.01, limits=(0, None))
+    max_grad_norm: float = option("Gradient clipping.", 1.0, positive=True)
+    max_length: int = option("Most tokens of one input; the rest is cut off.", 64, limits=(3, None))
+    dropout: float | None = option(
+        "Dropout of the encoder. Default: what its configuration says.", None, limits=(0, 1)
+    )
     length_window: int = option(
-        "Batches are cut from windows of so many shuffled batches, sorted by length: less padding. 1: plain shuffle.",
+        "Length grouping: sort the examples of this many batches by length, for less padding. 1: plain shuffle.",
         32,
+        limits=(1, None),
     )
     dev: str | None = option(
         "Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None
     )
-    eval_steps: int = option("Dev evaluation every this many steps, and at each epoch's end.", 200)
+    eval_steps: int = option("Evaluate on --dev every this many steps, and after each epoch.", 200, limits=(1, None))
     checkpointing_steps: int = option(
         "Save a checkpoint every this many steps, to go on from after a crash; 0: only when a signal asks for it.",
         500,
+        limits=(0, None),
+        identity=False,
     )
-    checkpoints_total_limit: int = option("Keep this many checkpoints, the newest ones.", 2)
+    checkpoints_total_limit: int = option(
+        "Keep this many checkpoints, the newest ones.", 2, limits=(1, None), identity=False
+    )
     select_by: Literal["dev", "agreement", "last"] | None = option(
         "Which checkpoint is kept: the best on --dev; the one whose scores of held-out pairs agree best with the "
         "teacher's (Spearman; not in step 1); or the last. Default: dev when --dev is given, else last.",
@@ -53,7 +74,7 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
 
 @dataclass
 class ContrastiveArguments(TrainingArguments):
-    """Step 1. Defaults that differ between the two methods are filled in afterwards."""
+    """Options of step 1. Defaults that differ between the two methods are filled in afterwards."""
 
     GROUP = "contrastive learning"
 
@@ -62,20 +83,38 @@ class ContrastiveArguments(TrainingArguments):
     method: Literal["simcse", "mirror"] = option(
         "simcse: dropout twice. mirror: also random span masking on one side.", "simcse"
     )
-    num_sentences: int | None = option("Random subset of this size. Default: all for simcse, 10000 for mirror.", None)
-    learning_rate: float | None = option("Peak learning rate. Default: 3e-5 for simcse, 2e-5 for mirror.", None)
-    total_batch_size: int | None = option(
-        "Sentences in one step, all processes together. Default: 64 for simcse, 200 for mirror.", None
+    num_sentences: int | None = option(
+        "Random subset of this size. Default: all for simcse, 10000 for mirror.", None, limits=(2, None)
     )
-    max_length: int | None = option("Most tokens of a sentence. Default: 32 for simcse, 50 for mirror.", None)
-    temperature: float | None = option("Temperature of InfoNCE. Default: 0.05 for simcse, 0.04 for mirror.", None)
+    learning_rate: float | None = with_default(
+        TrainingArguments, "learning_rate", None, "Peak learning rate. Default: 3e-5 for simcse, 2e-5 for mirror."
+    )
+    total_batch_size: int | None = with_default(
+        TrainingArguments,
+        "total_batch_size",
+        None,
+        "Sentences in one step, all processes together. Default: 64 for simcse, 200 for mirror.",
+    )
+    max_length: int | None = with_default(
+        TrainingArguments,
+        "max_length",
+        None,
+        "Most tokens of a sentence. Default: 32 for simcse, 50 for mirror.",
+    )
+    temperature: float | None = option(
+        "Temperature of InfoNCE. Default: 0.05 for simcse, 0.04 for mirror.", None, positive=True
+    )
     mlp_head: bool | None = option(
         "Dense + tanh on top in training, dropped afterwards. Default: true for simcse, false for mirror.", None
     )
     pooling: Literal["cls", "mean"] = option("How token vectors become a sentence vector.", "cls")
-    mask_characters: int = option("mirror: length of the masked span, in characters of sentences with >= 30.", 5)
+    mask_characters: int = option(
+        "mirror: length of the masked span, in characters of sentences with >= 30.", 5, limits=(1, None)
+    )
     drophead: float = option(
-        "Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).", 0.0
+        "Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).",
+        0.0,
+        limits=(0, 1),
     )
 
     METHOD_DEFAULTS = {
@@ -97,25 +136,18 @@ class ContrastiveArguments(TrainingArguments):
 
 
 @dataclass
-class ShardArguments:
-    """How often a long scoring is saved."""
-
-    GROUP = "scoring"
-
-    shard_rows: int = option(
-        "Inputs after which what is scored is kept on disk, to go on from after a crash or a signal.", 65536
-    )
-
-
-@dataclass
 class PoolArguments:
-    """Which of the unlabelled pairs are taken."""
+    """Options of choosing among the unlabelled pairs."""
 
     GROUP = "choice of pairs"
 
-    num_training_pairs: int | None = option("Random sample of the pairs of this size. Default: all.", None)
+    num_training_pairs: int | None = option(
+        "Random sample of the pairs of this size. Default: all.", None, limits=(2, None)
+    )
     extra_pairs: list[str] | None = option("More pairs, beside that sample: pools or FILE(s), as --pairs.", None)
-    num_extra_pairs: int | None = option("Random sample of --extra_pairs of this size. Default: all.", None)
+    num_extra_pairs: int | None = option(
+        "Random sample of --extra_pairs of this size. Default: all.", None, limits=(1, None)
+    )
 
     def __post_init__(self) -> None:
         if self.num_extra_pairs is not None and not self.extra_pairs:
@@ -124,7 +156,7 @@ class PoolArguments:
 
 @dataclass
 class LabelArguments(ShardArguments, PoolArguments):
-    """Where a student's pseudo-labels come from: a file of scores, or teachers that score the pairs first."""
+    """Options of a student's pseudo-labels: a file of scores, or teachers that score the pairs first."""
 
     GROUP = "labels: --scores, or --teachers and --pairs"
 
@@ -132,7 +164,7 @@ class LabelArguments(ShardArguments, PoolArguments):
     teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs, as score_pairs.py takes them.", None)
     teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
-    num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500)
+    num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500, limits=(2, None))
 
     def __post_init__(self) -> None:
         if bool(self.scores) == bool(self.teachers):
@@ -147,28 +179,24 @@ class LabelArguments(ShardArguments, PoolArguments):
 
 @dataclass
 class Bi2CrossArguments(LabelArguments, TrainingArguments):
-    """Step 2."""
+    """Options of step 2."""
 
     GROUP = "the cross-encoder"
 
     model_name_or_path: str = option("Pretrained language model that becomes the cross-encoder: Hub id or folder.")
-    learning_rate: float = option("Peak learning rate.", 2e-5)
-    total_batch_size: int = option("Pairs in one step, all processes together.", 32)
-    max_length: int = option("Most tokens of a pair.", 64)
-    warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.1)
-    negatives: Literal["shift", "clip"] = option(
-        "Negative cosines. shift: map [lowest, 1] to [0, 1], so that no difference is lost; clip: they become 0.",
-        "shift",
+    learning_rate: float = with_default(TrainingArguments, "learning_rate", 2e-5)
+    total_batch_size: int = with_default(
+        TrainingArguments, "total_batch_size", 32, "Pairs in one step, all processes together."
     )
-    loss: Literal["bce", "mse"] = option("On the score. mse is the paper's ablation.", "bce")
+    max_length: int = with_default(TrainingArguments, "max_length", 64, "Most tokens of a pair.")
+    warmup_ratio: float = with_default(TrainingArguments, "warmup_ratio", 0.1)
+    negatives: str = option("Negative cosines.", "shift", choices="transencoder.losses:NEGATIVES")
+    loss: str = option("Loss on the score.", "bce", choices="transencoder.losses:CROSS_LOSSES")
     carry_over: bool = option(
         "The model is a cross-encoder, whose weights and head are trained on; the paper's ablation of a fresh one.",
         False,
     )
-    rescale: Literal["none", "logistic"] = option(
-        "Scores before they become targets. logistic: sigmoid of twice the standard score, which spreads them.",
-        "none",
-    )
+    rescale: str = option("Scores before they become targets.", "none", choices="transencoder.losses:RESCALINGS")
     swap: bool | None = option(
         "Train on (a, b) and on (b, a). Default: true, but for pools whose order matters (QNLI).", None
     )
@@ -176,22 +204,24 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
 
 @dataclass
 class Cross2BiArguments(LabelArguments, TrainingArguments):
-    """Step 3."""
+    """Options of step 3."""
 
     GROUP = "the bi-encoder"
 
     model_name_or_path: str = option("The step-1 bi-encoder, or any sentence-transformers folder or Hub id.")
-    learning_rate: float = option("Peak learning rate.", 5e-5)
-    total_batch_size: int = option("Pairs in one step, all processes together (large models: 64).", 128)
-    num_epochs: int = option("Passes over the data (binary tasks: 15).", 10)
-    max_length: int = option("Most tokens of a sentence.", 32)
-    loss: Literal["mse", "bce"] = option("On the cosine. bce is the paper's ablation.", "mse")
+    learning_rate: float = with_default(TrainingArguments, "learning_rate", 5e-5)
+    total_batch_size: int = with_default(
+        TrainingArguments, "total_batch_size", 128, "Pairs in one step, all processes together (large models: 64)."
+    )
+    num_epochs: int = with_default(TrainingArguments, "num_epochs", 10, "Passes over the data (binary tasks: 15).")
+    max_length: int = with_default(TrainingArguments, "max_length", 32, "Most tokens of a sentence.")
+    loss: str = option("Loss on the cosine.", "mse", choices="transencoder.losses:BI_LOSSES")
     pooling: Literal["cls", "mean"] | None = option("Only for a start that does not say how it pools.", None)
 
 
 @dataclass
-class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
-    """Labelling, and scoring a file."""
+class ScoringArguments(ModelArguments, ShardArguments, PoolArguments, StageArguments):
+    """Options of labelling, and of scoring a file."""
 
     GROUP = "scoring"
 
@@ -200,22 +230,23 @@ class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
         "Pairs to score: pools (sts sickr sts_sickr qqp qnli mrpc snli), FILE(s) or Hub dataset ids (ORG/NAME:split)."
     )
     data_dir: str | None = option(
-        "Folder with the pools as pool.NAME.jsonl(.gz), or their tasks as NAME.SPLIT.jsonl(.gz); without it they come "
-        "by Hub.",
+        "Folder with the pools as pool.NAME.jsonl(.gz), or their tasks as NAME.SPLIT.jsonl(.gz). Default: they come "
+        "from the Hub.",
         None,
     )
-    output: str = option("Parquet file to write: sentence1, sentence2, score, in the order of the input.")
+    output: str = option(
+        "Parquet file to write: sentence1, sentence2, score, in the order of the input.", identity=False
+    )
     both_orders: bool = option(
         "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
     )
     lexical_weight: float = option(
-        "Share of the pairs' TF-IDF cosine (character n-grams) in the score; the encoders' mean has the rest.", 0.0
+        "Share of the pairs' TF-IDF cosine (character n-grams) in the score; the encoders' mean has the rest.",
+        0.0,
+        limits=(0, 1),
     )
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
     teacher_weights: list[float] | None = option("Weights of the encoders in the mean. Default: equal.", None)
-    pooling: Literal["cls", "mean"] | None = option(
-        "Only for a plain language model, which does not say how it pools.", None
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,8 +254,8 @@ class ScoringArguments(ShardArguments, PoolArguments, StageArguments):
 
 
 @dataclass
-class MiningArguments(ShardArguments, StageArguments):
-    """Candidate pairs from sentences."""
+class MiningArguments(ModelArguments, ShardArguments, StageArguments):
+    """Options of finding candidate pairs among sentences."""
 
     GROUP = "mining"
 
@@ -233,28 +264,32 @@ class MiningArguments(ShardArguments, StageArguments):
         "A second side, such as answers: then a pair has a sentence of each side, the first side's first.", None
     )
     encoders: list[str] = option("Bi-encoder(s), whose mean cosine says what is near: folders or Hub ids.")
-    output: str = option("Parquet file to write: sentence1, sentence2, source, similarity.")
-    num_pairs: int | None = option("Pairs to find, all sources together. Default: four for each sentence.", None)
+    output: str = option("Parquet file to write: sentence1, sentence2, source, similarity.", identity=False)
+    num_pairs: int | None = option(
+        "Pairs to find, all sources together. Default: four for each sentence.", None, limits=(1, None)
+    )
     mix: list[str] | None = option(
-        "Where they come from, SOURCE=SHARE ...; SOURCE is lexical (BM25) or nearest (the encoders' cosine), each "
-        f"with a band of ranks as in nearest:4-20 if so wished, or random. Default: {' '.join(DEFAULT_MIX)}.",
+        "Where they come from, SOURCE=SHARE ...; SOURCE is lexical (BM25), nearest (the encoders' cosine) or random. "
+        f"The first two may name ranks, as in nearest:4-20. Default: {' '.join(DEFAULT_MIX)}.",
         None,
     )
     spread: int = option(
         "Look for this many times as many pairs, and keep those whose cosines are spread evenly from 0 to 1. 1: keep "
         "what the mix gives.",
         1,
+        limits=(1, None),
     )
-    histogram: str | None = option("PNG with the similarities of each source. Default: beside the output.", None)
-    data_dir: str | None = option("Folder with the pools that --sentences names; without it they come by Hub.", None)
-    pooling: Literal["cls", "mean"] | None = option(
-        "Only for a plain language model, which does not say how it pools.", None
+    histogram: str | None = option(
+        "PNG with the similarities of each source. Default: beside the output.", None, identity=False
+    )
+    data_dir: str | None = option(
+        "Folder with the pools that --sentences names. Default: they come from the Hub.", None
     )
 
 
 @dataclass
-class EvaluationArguments(ReportArguments, StageArguments):
-    """Tables."""
+class EvaluationArguments(ModelArguments, ReportArguments, StageArguments):
+    """Options of measuring encoders."""
 
     GROUP = "measuring"
 
@@ -263,7 +298,7 @@ class EvaluationArguments(ReportArguments, StageArguments):
         "Tasks (sts12 ... stsb sickr qqp qnli mrpc, stsb.dev, ...), groups (sts sts_sickr binary), or NAME=FILE with "
         "gold labels."
     )
-    output_dir: str = option("Folder for results.json and results.md.")
+    output_dir: str = option("Folder for results.json and results.md.", identity=False)
     ensemble: bool = option("Evaluate the mean of all encoders' scores, not each encoder.", False)
     with_ensembles: bool = option(
         "Evaluate each encoder, and the means of the bi-encoders, of the cross-encoders, and of all.", False
@@ -271,57 +306,10 @@ class EvaluationArguments(ReportArguments, StageArguments):
     paper: str | None = option(
         "Setting of the paper's tables whose figures stand beside ours, such as simcse-bert-base/self.", None
     )
-    pooling: Literal["cls", "mean"] | None = option(
-        "Only for a plain language model, which does not say how it pools.", None
-    )
 
     def __post_init__(self) -> None:
         if self.ensemble and self.with_ensembles:
             raise InputError("--ensemble and --with_ensembles exclude one another")
-
-
-# What a number may be: lowest and highest.
-LIMITS = {
-    "total_batch_size": (1, None),
-    "micro_batch_size": (1, None),
-    "num_epochs": (1, None),
-    "max_steps": (1, None),
-    "eval_steps": (1, None),
-    "checkpointing_steps": (0, None),
-    "checkpoints_total_limit": (1, None),
-    "eval_batch_tokens": (1, None),
-    "shard_rows": (1, None),
-    "length_window": (1, None),
-    "mask_characters": (1, None),
-    "num_sentences": (2, None),
-    "num_held_out": (2, None),
-    "num_training_pairs": (2, None),
-    "num_extra_pairs": (1, None),
-    "num_pairs": (1, None),
-    "spread": (1, None),
-    "max_length": (3, None),
-    "seed": (0, 2**32 - 1),
-    "warmup_ratio": (0, 1),
-    "dropout": (0, 1),
-    "drophead": (0, 1),
-    "weight_decay": (0, None),
-    "lexical_weight": (0, 1),
-    "threshold": (0, 1),
-    "top_k": (1, None),
-    "candidates": (1, None),
-    "neighbours": (1, None),
-    "port": (1, 65535),
-}
-POSITIVE = ("learning_rate", "temperature", "max_grad_norm")
-
-STAGES = {
-    "train_contrastive": ContrastiveArguments,
-    "mine_pairs": MiningArguments,
-    "score_pairs": ScoringArguments,
-    "distill_bi2cross": Bi2CrossArguments,
-    "distill_cross2bi": Cross2BiArguments,
-    "evaluate_encoders": EvaluationArguments,
-}
 
 
 def check_weights(weights: list[float] | None, encoders: int) -> None:

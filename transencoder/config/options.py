@@ -1,67 +1,166 @@
-"""Options that several scripts share, and how an option is written."""
+"""How an option is written, the form of a registry, and the options that several scripts share."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
-    """A dataclass field that is an option with a help text; without a default it is required."""
-    return field(default=default, metadata={"help": help, **kwargs}, kw_only=True)
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    limits: tuple[float | None, float | None] = (None, None),
+    positive: bool = False,
+    identity: bool = True,
+    choices: str | None = None,
+) -> Any:
+    """Return a dataclass field that is an option; without a default it is required.
+
+    Args:
+        help: for --help.
+        default: the value without the command line and the recipe.
+        limits: the lowest and the highest value of a number; None for no limit.
+        positive: the number must be above 0.
+        identity: whether the option changes the result; False if it changes only how a run goes.
+        choices: a registry of `Choice` as "module:ATTRIBUTE", imported when the parser is built.
+    """
+    metadata = dict(help=help, limits=limits, positive=positive, identity=identity, choices=choices)
+    return field(default=default, metadata=metadata, kw_only=True)
+
+
+def with_default(base: type, name: str, default: Any, help: str | None = None) -> Any:
+    """Return the option `name` of the class `base` with another default and, if given, another help text."""
+    metadata = next(option.metadata for option in dataclasses.fields(base) if option.name == name)
+    return field(default=default, metadata={**metadata, "help": help or metadata["help"]}, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Describe an entry of a registry.
+
+    Args:
+        function: what does it.
+        help: for --help.
+        card: for model cards.
+    """
+
+    function: Any
+    help: str
+    card: str = ""
+
+
+def result_options(arguments: Any) -> dict[str, Any]:
+    """Return the options that change the result, by name."""
+    fields = dataclasses.fields(arguments)
+    return {option.name: getattr(arguments, option.name) for option in fields if option.metadata["identity"]}
 
 
 def is_text(word: str) -> bool:
-    """Whether it can be written as UTF-8, and be a file's name."""
+    """Return whether `word` can be written as UTF-8 and be a file's name."""
     return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
 
 
 @dataclass
-class StageArguments:
-    """What every stage takes."""
+class CommonArguments:
+    """Options of every stage and of the tools that use trained models."""
 
-    GROUP = "every stage"
+    GROUP = "general"
 
-    recipe: str | None = option("YAML file; its `common` section and the section named like the script apply.", None)
-    overwrite: bool = option("Replace what an earlier run left at the output.", False)
-    seed: int = option("Seed of weights, data order and dropout (paper: 2021).", 2021)
+    seed: int = option("Seed of everything that is random (paper: 2021).", 2021, limits=(0, 2**32 - 1))
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "Autocast type. auto: what the launcher says, else bf16 where the hardware computes in it, else fp32.", "auto"
     )
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
+
+
+@dataclass
+class StageArguments(CommonArguments):
+    """Options of every stage."""
+
+    GROUP = CommonArguments.GROUP
+
+    recipe: str | None = option(
+        "YAML file; its `common` section and the section named like the script apply.", None, identity=False
+    )
+    overwrite: bool = option("Replace what an earlier run left at the output.", False, identity=False)
     eval_batch_tokens: int | None = option(
         "Tokens (padding included) in one forward pass when scoring, per process. Default: 16384 on a GPU, else 2048.",
         None,
+        limits=(1, None),
+        identity=False,
+    )
+
+
+@dataclass
+class ShardArguments:
+    """Options of saving the work of a long scoring."""
+
+    GROUP = "scoring"
+
+    shard_rows: int = option(
+        "Save what is scored or encoded after so many inputs, to go on from there after a crash or a signal.",
+        65536,
+        limits=(1, None),
+        identity=False,
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Options of reading models, where their own files leave it open or somebody wants it otherwise."""
+
+    GROUP = "models"
+
+    pooling: str | None = option(
+        "Only for a plain language model, which does not say how it pools.",
+        None,
+        choices="transencoder.pooling:POOLINGS",
+    )
+    prompt_name: list[str] | None = option(
+        "Prompt of a bi-encoder's own configuration; two: of the query or first sentence, and of the passage or second. "
+        "Default: what the model says.",
+        None,
+    )
+    prompt: list[str] | None = option("The same as text, put before a sentence as it is.", None)
+    label: str | None = option(
+        "Label of a classifier with several, such as entailment: its probability is the score.", None
     )
 
 
 @dataclass
 class ReportArguments:
-    """Where a stage that measures something reports it."""
+    """Options of measuring and reporting."""
 
     GROUP = "measuring and reporting"
 
-    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = option("Experiment tracker.", "none")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "all"] = option(
+        "Experiment tracker.", "none", identity=False
+    )
     data_dir: str | None = option(
-        "Folder with the evaluation tasks as NAME.jsonl(.gz); without it they come by Hub.", None
+        "Folder with the evaluation tasks as NAME.jsonl(.gz). Default: they come from the Hub.", None
     )
 
 
 @dataclass
 class HubTarget:
-    """Where models go on the Hub, and what their cards say that no file tells."""
+    """Options of publishing: where models go, and what their cards cannot read from a file."""
 
     GROUP = "the Hub"
 
-    hub_model_id: str | None = option("ORG/NAME of the repository.", None)
-    hub_public: bool = option("Let everybody see the repository, which is private otherwise.", False)
-    hub_license: str | None = option("Licence, by the Hub's name for it. Default: the base model's.", None)
-    hub_language: str | None = option("Language codes with commas: en,de. Default: the base model's.", None)
+    hub_model_id: str | None = option("ORG/NAME of the repository.", None, identity=False)
+    hub_public: bool = option("Make the repository public; it is private otherwise.", False, identity=False)
+    hub_license: str | None = option(
+        "Licence, by the Hub's name for it. Default: the base model's.", None, identity=False
+    )
+    hub_language: str | None = option(
+        "Language codes with commas: en,de. Default: the base model's.", None, identity=False
+    )
 
 
 @dataclass
 class HubArguments(HubTarget):
-    """Whether a training stage publishes its model."""
+    """Options of publishing the model of a training stage."""
 
     GROUP = HubTarget.GROUP
 
-    push_to_hub: bool = option("Push the model to --hub_model_id when it is done.", False)
+    push_to_hub: bool = option("Push the model to --hub_model_id when it is done.", False, identity=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from transencoder.config.arguments import STAGES
 from transencoder.config.options import is_text
+from transencoder.config.stages import STAGES
 from transencoder.errors import InputError
 
 DRIVER = "run_transencoder"
@@ -17,20 +17,20 @@ RECIPE_CHARACTERS = 256 << 10
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML with the booleans of YAML 1.2: `mixed_precision: no` is the word "no".
+    """Read safe YAML with the booleans of YAML 1.2: `mixed_precision: no` is the word "no".
 
     Aliases (`*name`) may not blow a document up: written out in full it has at most `RECIPE_CHARACTERS`.
     """
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document's tree, once it is known to be small."""
+        """Return the document's tree, once it is known to be small."""
         node = super().get_single_node()
         if node is not None and _written_out(node, {}) > RECIPE_CHARACTERS:
             raise yaml.YAMLError("its aliases stand for too much text, or for themselves")
         return node
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        """Its text, if that can be written down."""
+        """Return the text of a scalar, if it can be written as UTF-8."""
         text = super().construct_scalar(node)
         if not is_text(text):
             raise yaml.YAMLError(f"{text!r} is not UTF-8 text")
@@ -38,13 +38,15 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Characters and nodes of a tree with its aliases written out; infinite for one that contains itself."""
+    """Count characters and nodes with the aliases written out; infinite for a tree that contains itself."""
     if id(node) not in sizes:
         sizes[id(node)] = math.inf
-        parts = node.value
+        inner = node.value
         if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in parts for part in pair]
-        inside = len(parts) if isinstance(node, yaml.ScalarNode) else sum(_written_out(part, sizes) for part in parts)
+            inner = [child for pair in inner for child in pair]
+        inside = (
+            len(inner) if isinstance(node, yaml.ScalarNode) else sum(_written_out(child, sizes) for child in inner)
+        )
         sizes[id(node)] = 1 + inside
     return sizes[id(node)]
 
@@ -69,7 +71,7 @@ def read_recipe(path: str) -> dict[str, dict[str, Any]]:
         content = {section: {} if keys is None else keys for section, keys in content.items()}
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"--recipe {path}: must hold sections of keys, such as `common:` and `distill_bi2cross:`")
-    names = {stage: {f.name for f in dataclasses.fields(arguments)} for stage, arguments in STAGES.items()}
+    names = {name: {option.name for option in dataclasses.fields(stage.arguments)} for name, stage in STAGES.items()}
     names["common"] = set().union(*names.values())
     for section, keys in content.items():
         if section != DRIVER and section not in names:
@@ -83,7 +85,7 @@ def read_recipe(path: str) -> dict[str, dict[str, Any]]:
 
 
 def _read_yaml(path: str) -> Any:
-    """The content of a small YAML file."""
+    """Return the content of a small YAML file."""
     where = f"--recipe {path}"
     try:
         # A pipe would let the driver wait for ever, and can be read only once; a recipe is read by every stage.
@@ -112,7 +114,7 @@ def check_options(values: dict[str, Any], where: str) -> None:
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
-    """Command-line words for a recipe section: {"swap": False, "pairs": ["a", "b"]} -> --swap False --pairs a b."""
+    """Return a recipe section as words: {"swap": False, "pairs": ["a", "b"]} -> --swap False --pairs a b."""
     words = []
     for name, value in values.items():
         if value is not None:

@@ -1,46 +1,43 @@
 """Options of the scripts that use trained models: no recipe, no folder of results."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from transencoder.config.options import option
+from transencoder.config.options import (
+    CommonArguments,
+    ModelArguments,
+    ShardArguments,
+    StageArguments,
+    option,
+    with_default,
+)
 from transencoder.config.parsing import StageParser, check_numbers
 from transencoder.errors import InputError
 
 
 @dataclass
-class EncoderArguments:
-    """How sentences are read and models are run."""
+class EncoderArguments(ModelArguments, CommonArguments):
+    """Options of reading sentences and running models."""
 
     GROUP = "sentences and encoders"
 
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence=question.", None)
-    pooling: Literal["cls", "mean"] | None = option(
-        "Only for a plain language model, which does not say how it pools.", None
-    )
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "Autocast type. auto: bf16 where the hardware computes in it, else fp32.", "auto"
-    )
-    seed: int = option("Seed of the index's clusters and of the communities.", 2021)
 
 
 @dataclass
-class ToolArguments(EncoderArguments):
-    """What search.py and find_duplicates.py share."""
+class ToolArguments(ShardArguments, EncoderArguments):
+    """Options of search.py and find_duplicates.py."""
 
     GROUP = EncoderArguments.GROUP
 
     bi_encoder: str = option("Bi-encoder that finds candidates: a folder or Hub id.")
     sentences: list[str] | None = option("Sentences, one a line, or FILE(s) or Hub dataset ids with a column.", None)
-    eval_batch_tokens: int | None = option(
-        "Tokens (padding included) in one forward pass. Default: 16384 on a GPU, else 2048.", None
-    )
-    shard_rows: int = option("Sentences encoded before what is done is kept on disk.", 65536)
+    eval_batch_tokens: int | None = with_default(StageArguments, "eval_batch_tokens", None)
 
 
 @dataclass
 class SearchArguments(ToolArguments):
-    """Retrieve, then re-rank."""
+    """Options of retrieving sentences and re-ranking them."""
 
     GROUP = "search"
 
@@ -53,8 +50,10 @@ class SearchArguments(ToolArguments):
     relevant: str | None = option(
         "File of pairs with the column label: reports recall@TOP_K of each one's true partners.", None
     )
-    top_k: int = option("Results of a query.", 10)
-    candidates: int = option("Sentences that the bi-encoder finds for the cross-encoder to re-rank.", 50)
+    top_k: int = option("Results of a query.", 10, limits=(1, None))
+    candidates: int = option(
+        "Sentences that the bi-encoder finds for the cross-encoder to re-rank.", 50, limits=(1, None)
+    )
     output: str | None = option("JSONL file for the results. Default: a table on the terminal.", None)
 
     def __post_init__(self) -> None:
@@ -64,44 +63,20 @@ class SearchArguments(ToolArguments):
 
 @dataclass
 class DuplicatesArguments(ToolArguments):
-    """Clusters of paraphrases."""
+    """Options of finding groups of paraphrases."""
 
     GROUP = "duplicates"
 
     cross_encoder: str = option("Cross-encoder that confirms: a folder or Hub id.")
     output: str = option("CSV file to write: cluster, size, score, sentence.")
-    neighbours: int = option("Nearest neighbours of each sentence that are looked at.", 20)
-    threshold: float = option("Least mean of both encoders' scores, 0 to 1, at which two sentences are one.", 0.85)
-
-
-@dataclass
-class DemoArguments(EncoderArguments):
-    """A page to try models on."""
-
-    GROUP = "the page"
-
-    run: str | None = option(
-        "Folder of a finished run of run_transencoder.sh: its start and its best models. Options below win. Default: "
-        "the models that are named one by one.",
-        None,
+    neighbours: int = option("Nearest neighbours of each sentence that are looked at.", 20, limits=(1, None))
+    threshold: float = option(
+        "Two sentences are one if the mean of both encoders' scores, 0 to 1, is at least this.", 0.85, limits=(0, 1)
     )
-    bi_encoder: str | None = option("Trained bi-encoder: a folder or Hub id. Default: the best of --run.", None)
-    cross_encoder: str | None = option(
-        "Trained cross-encoder: a folder or Hub id. Default: the best of --run, else none.", None
-    )
-    start: str | None = option(
-        "Bi-encoder to compare with, a folder or Hub id. Default: what --run began with, else none.", None
-    )
-    sentences: list[str] | None = option(
-        "FILE(s) of sentences that can be searched at once. Default: those that are uploaded on the page.", None
-    )
-    candidates: int = option("Sentences that the bi-encoder finds for the cross-encoder to re-rank.", 50)
-    host: str = option("Address to listen at. 0.0.0.0: open to all who reach this machine.", "127.0.0.1")
-    port: int = option("Port to listen at.", 7860)
 
 
 def parse_tool(arguments: type, description: str | None) -> Any:
-    """An instance of `arguments` from the command line."""
+    """Return an instance of `arguments` from the command line."""
     (parsed,) = StageParser(arguments, description).parse_args_into_dataclasses()
     check_numbers(parsed)
     return parsed

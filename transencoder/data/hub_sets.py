@@ -1,4 +1,4 @@
-"""Datasets on the Hub: one split at one revision, and which commits this process has seen."""
+"""Datasets on the Hub: one split at one revision."""
 
 import re
 from typing import Any
@@ -8,20 +8,19 @@ import huggingface_hub
 
 from transencoder.errors import InputError
 from transencoder.runtime.accelerator import log
+from transencoder.runtime.records import HUB_COMMITS
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Dataset -> commit, of everything loaded so far: run.json and files of scores say it, so that results can be repeated.
-COMMITS: dict[str, str] = {}
 
 
 def load_split(
     hub_id: str, split: str, config: str | None = None, revision: str | None = None, data_files: str | None = None
 ) -> datasets.Dataset:
-    """One split of a dataset, from the Hub or from the local cache.
+    """Load one split of a dataset, from the Hub or from the local cache.
 
     Args:
         split: as `datasets.load_dataset` takes it, parts such as "train[:1000]" too.
-        revision: commit, branch or tag; main by default. What it stands for now is noted in `COMMITS`, and said.
+        revision: commit, branch or tag; main by default. The commit is logged, and kept in `HUB_COMMITS`.
         data_files: a file of the repository, where it is no dataset by itself.
     Raises:
         InputError: no such dataset, revision or split, or the Hub cannot be reached.
@@ -33,14 +32,14 @@ def load_split(
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         where = f"{hub_id}{f' ({config})' if config else ''}, revision {revision or 'main'}, split {split}"
         raise InputError(f"{where}: cannot be loaded from the Hub ({reason})") from error
-    if hub_id not in COMMITS:
-        COMMITS[hub_id] = _commit(hub_id, revision)
-        log(f"{hub_id}: commit {COMMITS[hub_id]}")
+    if hub_id not in HUB_COMMITS:
+        HUB_COMMITS[hub_id] = _commit(hub_id, revision)
+        log(f"{hub_id}: commit {HUB_COMMITS[hub_id]}")
     return table
 
 
 def _commit(hub_id: str, revision: str | None) -> str:
-    """The commit that a revision stands for now."""
+    """Return the commit that a revision stands for now."""
     if COMMIT.fullmatch(revision or ""):
         return str(revision)
     try:

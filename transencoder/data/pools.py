@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 
 from transencoder.config.arguments import LabelArguments, ScoringArguments
+from transencoder.config.options import result_options
 from transencoder.data.hub_sets import load_split
 from transencoder.data.tables import (
     SENTENCES,
@@ -25,11 +27,11 @@ from transencoder.runtime.accelerator import log
 
 @dataclass(frozen=True)
 class Pool:
-    """Unlabelled pairs: those of several sets, test sets among them, without their labels.
+    """Describe unlabelled pairs: those of several sets, test sets among them, without their labels.
 
     Args:
         parts: splits of tasks ("stsb.train"), or other pools.
-        pairs: how many there should be, exact repeats removed; None where nobody says.
+        pairs: how many there should be, exact repeats removed; None if no source says.
         printed: whether that is the paper's own count.
         note: why there may be another number of them.
     """
@@ -58,7 +60,7 @@ WIKI_HUB = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt", 1_000_
 
 
 def read_pool(arguments: ScoringArguments | LabelArguments, drop_duplicates: bool) -> datasets.Dataset:
-    """The pairs to label: named pools and files, a sample of them if so wished, and extra pairs.
+    """Read the pairs to label: named pools and files, or a sample of them, and extra pairs.
 
     Args:
         arguments: `pairs` (names of `POOLS`, files, NAME=FILE, Hub ids), what `PoolArguments` adds, and the seed.
@@ -74,7 +76,7 @@ def read_pool(arguments: ScoringArguments | LabelArguments, drop_duplicates: boo
 
 
 def read_sentence_pool(sources: list[str], data_dir: str | None, columns: list[str] | None) -> datasets.Dataset:
-    """The distinct sentences of named pools, of `wiki1m`, of files and of Hub ids; as `tables.read_sentences`."""
+    """Read the distinct sentences of named pools, `wiki1m`, files and Hub ids, like `tables.read_sentences`."""
     parts = []
     for source in sources:
         if source == WIKI:
@@ -87,16 +89,16 @@ def read_sentence_pool(sources: list[str], data_dir: str | None, columns: list[s
 
 
 def is_ordered(pairs: list[str], extra_pairs: list[str] | None = None) -> bool:
-    """Whether the two sentences of a pair play different roles in one of these pools (a question and its passage)."""
+    """Return whether a pair's sentences play different roles in one of these pools: a question and its passage."""
     parts = [part for name in (*pairs, *(extra_pairs or [])) if name in POOLS for part in POOLS[name].parts]
     return any(TASKS[part.partition(".")[0]].ordered for part in parts if part not in POOLS)
 
 
 def swap_of(swap: bool | None, ordered: bool) -> bool:
-    """Whether a cross-encoder trains on both orders of a pair: by default wherever the order means nothing.
+    """Return whether a cross-encoder trains on both orders of a pair: by default unless the order matters.
 
     Raises:
-        InputError: asked for where it does.
+        InputError: `swap` is true and the order matters.
     """
     if swap and ordered:
         raise InputError("--swap True: the order of these pairs matters (QNLI); leave it out")
@@ -109,8 +111,23 @@ def check_both_orders(both_orders: bool, ordered: bool) -> None:
         raise InputError("--both_orders: the order of these pairs matters (QNLI); leave it out")
 
 
-def local_files(names: list[str], data_dir: str) -> list[Path]:
-    """The files in the data folder that named pools, tasks and sentences stand for, so that a change is noticed."""
+def input_files(arguments: Any) -> list[Path]:
+    """Return every path that a stage's options name, so that a run notices when a file or a model changes.
+
+    Named pools, tasks and sentences stand for their files in the data folder.
+
+    Args:
+        arguments: a stage's dataclass of options; those that do not decide the result are passed over.
+    """
+    values = result_options(arguments)
+    named = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
+    words = [item for item in named if isinstance(item, str)]
+    paths = [Path(word.rpartition("=")[2]) for word in words]
+    return paths + (_local_files(words, values["data_dir"]) if values.get("data_dir") else [])
+
+
+def _local_files(names: list[str], data_dir: str) -> list[Path]:
+    """Return the files in the data folder that named pools, tasks and sentences stand for."""
     found = []
     for name in dict.fromkeys([*names, *expand_groups(names)]):
         if name.partition(".")[0] not in (*TASKS, *POOLS, WIKI):
@@ -118,11 +135,12 @@ def local_files(names: list[str], data_dir: str) -> list[Path]:
         whole = local_file(f"pool.{name}", data_dir)
         own = [whole, local_file(name, data_dir), local_file(f"{name}.test", data_dir), _wiki_file(name, data_dir)]
         found += [path for path in own if path]
-        found += local_files(list(POOLS[name].parts), data_dir) if name in POOLS and not whole else []
+        found += _local_files(list(POOLS[name].parts), data_dir) if name in POOLS and not whole else []
     return list(dict.fromkeys(found))
 
 
 def _together(specs: list[str], data_dir: str | None, columns: list[str] | None) -> datasets.Dataset:
+    """Read the pairs of pools and files into one table."""
     tables = [
         _named_pool(spec, data_dir) if spec in POOLS else read_pairs([_file_of(spec, tuple(POOLS))], columns=columns)
         for spec in specs
@@ -131,7 +149,7 @@ def _together(specs: list[str], data_dir: str | None, columns: list[str] | None)
 
 
 def _named_pool(name: str, data_dir: str | None) -> datasets.Dataset:
-    """A pool's distinct pairs, from the file pool.NAME.jsonl(.gz) where there is one, else from its parts."""
+    """Read a pool's distinct pairs, from the file pool.NAME.jsonl(.gz) if there is one, else from its parts."""
     pool = POOLS[name]
     path = local_file(f"pool.{name}", data_dir)
     if path:
@@ -153,7 +171,7 @@ def _named_pool(name: str, data_dir: str | None) -> datasets.Dataset:
 
 
 def _file_of(spec: str, names: tuple[str, ...]) -> str:
-    """The file of FILE or NAME=FILE; refuses what is neither that nor a Hub id. `names`: what else is known."""
+    """Return the file of FILE or NAME=FILE; raise `InputError` if it is no Hub id either. `names`: known pools."""
     path = spec if Path(spec).exists() else spec.rpartition("=")[2]
     if not Path(path).exists() and not is_hub_id(path) and "." not in Path(path).name:
         raise InputError(f"{spec}: neither a file nor a pool; pools: {', '.join(names)}")
@@ -171,7 +189,7 @@ def _wiki_file(name: str, data_dir: str | None) -> Path | None:
 
 
 def _wikipedia(data_dir: str | None) -> datasets.Dataset:
-    """wiki1m.txt(.gz) of the data folder, or the SimCSE authors' file on the Hub, its blank lines left out."""
+    """Read wiki1m.txt(.gz) of the data folder, or the SimCSE authors' file on the Hub without its blank lines."""
     hub_id, file, expected = WIKI_HUB
     path = _wiki_file(WIKI, data_dir)
     if data_dir and not path:

@@ -8,11 +8,8 @@ import ctypes
 import hashlib
 import json
 import mmap
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
-from accelerate import PartialState
 
 from transencoder.data.formats import (
     check_file,
@@ -36,7 +32,8 @@ from transencoder.data.formats import (
 )
 from transencoder.data.hub_sets import load_split
 from transencoder.errors import InputError, writing
-from transencoder.runtime.locks import remove_abandoned
+from transencoder.runtime.files import replacing
+from transencoder.runtime.waiting import local_main_process_first
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
@@ -46,23 +43,6 @@ MAPPED_BYTES = 1 << 27  # files up to this size may stay mapped as a whole
 RANDOM_ROWS = 4096  # rows from all over a long file after which its pages are given back; each can map 64 KiB
 LIBC = ctypes.CDLL(None)
 CACHE_VERSION = 2  # raise it when what is written to the cache changes
-
-
-@contextmanager
-def local_main_process_first() -> Iterator[None]:
-    """Let the first process of each machine fill the cache, which the others then read.
-
-    Accelerate's own context of this name leaves the others waiting when the first one fails; here they go on, meet the
-    same error, and every process ends in the same way.
-    """
-    state = PartialState()
-    if not state.is_local_main_process:
-        state.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if state.is_local_main_process:
-            state.wait_for_everyone()
 
 
 def read_sentences(sources: list[str], columns: list[str] | None = None) -> datasets.Dataset:
@@ -247,23 +227,15 @@ def parse_renaming(columns: list[str] | None) -> dict[str, str]:
 
 def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], wanted: tuple[str, ...]) -> None:
     """Write checked `batches` to `target` by way of a temporary name."""
-    # The name of the machine, since the cache may be shared.
-    host = socket.gethostname()
-    temporary = target.with_suffix(f".{host}.{os.getpid()}.tmp")
     schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
     rows = 0
-    with writing(target.parent):
-        try:
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(checked(batch, source, rows, schema))
-                    rows += batch.num_rows
-            if rows == 0:
-                raise InputError(f"{source}: no rows")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    remove_abandoned(target.parent, f"{target.stem}.{host}.*.tmp")
+    with replacing(target) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(checked(batch, source, rows, schema))
+                rows += batch.num_rows
+        if rows == 0:
+            raise InputError(f"{source}: no rows")
 
 
 def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> datasets.Dataset:

@@ -20,19 +20,19 @@ from transencoder.runtime.accelerator import log
 
 @dataclass(frozen=True)
 class Source:
-    """A task on the Hub, and what is known of it.
+    """Describe a task on the Hub.
 
     Args:
         hub_id, config, revision: as `datasets.load_dataset` takes them. Without a commit, the one that the Hub has is
-            loaded, said, and noted in run.json.
+            loaded, logged, and noted in run.json.
         splits: our split name -> the Hub's, or a part of it.
         columns: renaming, ours=theirs.
         gold: "score" (Spearman, Pearson), "label" (AUC), or None for pairs only.
-        rows: rows of each split; a difference is said when the task is loaded.
+        rows: rows of each split; a difference is logged when the task is loaded.
         note: why there may be another number of rows.
         scale: lowest and highest score of the published set.
         positive: the Hub's label that is our 1.
-        ordered: the two sentences play different roles, so that a pair must not be turned round.
+        ordered: the two sentences play different roles, so that a pair must not be swapped.
     """
 
     hub_id: str
@@ -120,7 +120,7 @@ KNOWN = f"tasks: {', '.join(MEASURED)} (stsb.dev names another split); groups: {
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled pairs to measure on.
+    """Hold labelled pairs to measure on.
 
     Args:
         name, split: "stsb", "test".
@@ -135,12 +135,12 @@ class Task:
 
     @property
     def title(self) -> str:
-        """As tables and plots show it."""
+        """Return the name that tables and plots show."""
         return title(self.name, self.split)
 
     @cached_property
     def sha256(self) -> str:
-        """Of the pairs and their gold values, whatever kind of file they came from."""
+        """Return the checksum of the pairs and their gold values, whatever file they came from."""
         sha = hashlib.sha256()
         for row in zip(*(self.pairs[name] for name in (*PAIRS, self.gold)), strict=True):
             sha.update(json.dumps(row).encode())
@@ -148,12 +148,12 @@ class Task:
 
 
 def expand_groups(specs: list[str]) -> list[str]:
-    """Groups of tasks by their members, each once: ["sts", "mine=a.tsv"] -> ["sts12", ..., "stsb", "mine=a.tsv"]."""
+    """Replace groups of tasks by their members, each once: ["sts", "a.tsv"] -> ["sts12", ..., "stsb", "a.tsv"]."""
     return list(dict.fromkeys(name for spec in specs for name in GROUPS.get(spec, (spec,))))
 
 
 def title(name: str, split: str) -> str:
-    """ "stsb" for the test split, "stsb.dev" for another."""
+    """Return "stsb" for the test split, "stsb.dev" for another."""
     return name if split == "test" else f"{name}.{split}"
 
 
@@ -187,7 +187,7 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
 
 
 def parse_spec(spec: str) -> tuple[str, str, str | None]:
-    """Name, split and file of a task.
+    """Return the name, the split and the file of a task.
 
     "stsb.dev" -> stsb, dev, None; "mine.dev=a.tsv" -> mine, dev, a.tsv; "a.tsv" -> a, test, a.tsv.
 
@@ -209,7 +209,7 @@ def parse_spec(spec: str) -> tuple[str, str, str | None]:
 
 
 def read_split(spec: str, data_dir: str | None, gold: str | None) -> datasets.Dataset:
-    """A split of a registered task, from the data folder or the Hub; it is said how many rows there are.
+    """Read a split of a registered task, from the data folder or the Hub, and log how many rows it has.
 
     Args:
         spec: "stsb.train"; "stsb" is the test split.
@@ -230,12 +230,12 @@ def read_split(spec: str, data_dir: str | None, gold: str | None) -> datasets.Da
         )
     else:
         table = _from_hub(source, split, gold)
-    _say_size(title(name, split), source, split, table, gold)
+    _log_size(title(name, split), source, split, table, gold)
     return table
 
 
 def local_file(stem: str, data_dir: str | None, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")) -> Path | None:
-    """The file of this name in the data folder, if there is one."""
+    """Return the file of this name in the data folder, or None."""
     paths = [Path(data_dir) / f"{stem}{suffix}" for suffix in suffixes] if data_dir else []
     return next((path for path in paths if path.is_file()), None)
 
@@ -254,8 +254,8 @@ def _from_hub(source: Source, split: str, gold: str | None) -> datasets.Dataset:
     return check_hub_table(table, f"{source.hub_id}:{theirs}", wanted)
 
 
-def _say_size(name: str, source: Source, split: str, table: datasets.Dataset, gold: str | None) -> None:
-    """A line with the rows found and expected, and with scores that are on another scale."""
+def _log_size(name: str, source: Source, split: str, table: datasets.Dataset, gold: str | None) -> None:
+    """Log the rows found and expected, and scores that are on another scale."""
     expected, found = dict(source.rows)[split], f"{name}: {len(table)} rows"
     lowest, highest = source.scale
     if expected == len(table):
@@ -270,7 +270,7 @@ def _say_size(name: str, source: Source, split: str, table: datasets.Dataset, go
 
 
 def _names(path: str, columns: list[str] | None) -> list[str]:
-    """Columns of a file under our names."""
+    """Return the columns of a file under our names."""
     if is_hub_id(path):
         return []
     found = column_names(path)
@@ -278,5 +278,5 @@ def _names(path: str, columns: list[str] | None) -> list[str]:
 
 
 def load_dev(arguments: TrainingArguments) -> Task | None:
-    """The task of --dev, for choosing a checkpoint."""
+    """Load the task of --dev, for choosing a checkpoint; None without --dev."""
     return load_task(arguments.dev, arguments.data_dir, arguments.columns) if arguments.dev else None

@@ -1,11 +1,10 @@
-"""Turning checked tables into tokens, and tokens into batches.
+"""Text -> tokens, as a model's own preprocessing makes them, padded into batches.
 
 Tokens are made once and kept memory-mapped; those of a very long training set are made batch by batch.
 """
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from tqdm.auto import tqdm
 
 from transencoder.data.tables import (
     PAIRS,
@@ -22,17 +22,93 @@ from transencoder.data.tables import (
     blocks,
     cache_folder,
     cache_key,
-    local_main_process_first,
     release_pages,
     row_hashes,
 )
-from transencoder.runtime.files import temporary_folder, write_file
+from transencoder.runtime.files import replacing
+from transencoder.runtime.waiting import local_main_process_first
 
-# Training inputs that are tokenised before the first step, which takes about a minute; more are tokenised batch by
+# Training inputs that are tokenized before the first step, which takes about a minute; more are tokenized batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
 TOKENIZED_ROWS = 1_000_000
+TEXTS_AT_ONCE = 1000  # that are tokenized together
+TOKEN_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8()}
+Batch = dict[str, torch.Tensor]
 
-# --- text -> tokens --------------------------------------------------------------------------------------------------
+
+class Preprocessor:
+    """A model's own preprocessing of text: its prompt, its lower-casing, its chat template, its longest input.
+
+    Texts are cut and tokenized by sentence-transformers; the padding is ours, so that it can be added batch by batch.
+
+    Args:
+        transformer: the first module of a sentence-transformers model.
+        prompt: put before every text; None for none.
+        max_length: most tokens of an input; by default the model's own.
+        pairs: whether an input is two texts, as a cross-encoder reads them.
+    """
+
+    def __init__(self, transformer: nn.Module, prompt: str | None, max_length: int | None = None, pairs: bool = False):
+        self.transformer, self.prompt = transformer, prompt
+        longest = transformer.max_seq_length
+        self.max_length = longest if max_length is None else min(max_length, longest)
+        tokenizer = transformer.tokenizer
+        self.fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        # A decoder that answers with its last token wants it at the end. Others are padded on the right whatever their
+        # tokenizer says: absolute positions that depend on the batch would change their scores.
+        self.pads_left = transformer.transformer_task == "text-generation"
+        probe = self._preprocess([("a", "b")] if pairs else ["a"])
+        # Token types that are all 0 are what a model takes by itself.
+        typed = any(probe.get("token_type_ids", [[]])[0])
+        self.names = ["input_ids", "token_type_ids"] if typed else ["input_ids"]
+        self.prompt_length = probe.get("prompt_length")
+
+    def _preprocess(self, texts: list[str] | list[tuple[str, str]]) -> dict[str, Any]:
+        """Return lists of tokens, without padding."""
+        without_padding = {
+            "text": {"max_length": self.max_length, "padding": False},
+            "common": {"return_tensors": None},
+        }
+        return self.transformer.preprocess(texts, prompt=self.prompt, processing_kwargs=without_padding)
+
+    def __call__(self, *columns: list[str]) -> pa.RecordBatch:
+        """Return the tokens of texts, or of the pairs of two columns, without padding: the columns `names`."""
+        features = self._preprocess(list(zip(*columns, strict=True)) if len(columns) > 1 else list(columns[0]))
+        arrays = [pa.array(features[name], pa.list_(TOKEN_TYPES[name])) for name in self.names]
+        return pa.record_batch(arrays, names=self.names)
+
+    def identity(self) -> list[Any]:
+        """Return what the tokens of a text depend on, as JSON can hold it.
+
+        A fast tokenizer's own serialization is part of it. Its pickled form, which `datasets` would take, changes when
+        it is first used.
+        """
+        tokenizer = self.transformer.tokenizer
+        if tokenizer.is_fast:
+            vocabulary = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
+        else:
+            vocabulary = [repr(tokenizer), sorted(tokenizer.get_vocab().items())]
+        config = self.transformer.get_config_dict()
+        return [self.max_length, self.prompt, self.names, vocabulary, config, str(tokenizer.chat_template)]
+
+    def pad(self, rows: dict[str, list[np.ndarray]]) -> Batch:
+        """Return token rows (int [length] each, by the names of their columns) as int64 [rows, longest] tensors."""
+        lengths = np.array([len(row) for row in rows["input_ids"]])
+        places = np.arange(lengths.max())
+        inside = places >= (lengths.max() - lengths)[:, None] if self.pads_left else places < lengths[:, None]
+        batch = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
+        for name, arrays in rows.items():
+            padded = np.full(inside.shape, self.fill[name], dtype=np.int64)
+            padded[inside] = np.concatenate(arrays)
+            batch[name] = torch.from_numpy(padded)
+        if self.prompt_length is not None:
+            batch["prompt_length"] = torch.tensor([self.prompt_length])
+        return batch
+
+    def batch(self, *columns: list[str]) -> Batch:
+        """Return a few texts, or pairs, as one padded batch."""
+        tokens = TokenRows(pa.Table.from_batches([self(*columns)]), self)
+        return tokens.batch(np.arange(len(tokens)))
 
 
 class TokenRows:
@@ -40,10 +116,11 @@ class TokenRows:
 
     Args:
         table: the column `input_ids` (list of int32) and perhaps `token_type_ids` (list of int8).
+        preprocessor: what made them, and pads them.
     """
 
-    def __init__(self, table: pa.Table):
-        self.names = table.column_names
+    def __init__(self, table: pa.Table, preprocessor: Preprocessor):
+        self.names, self.preprocessor = table.column_names, preprocessor
         self._columns = {name: table.column(name).chunks for name in self.names}
         self._views = {
             name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)) for chunk in chunks]
@@ -57,7 +134,7 @@ class TokenRows:
         return len(self.lengths)
 
     def rows(self, name: str, indices: np.ndarray) -> list[np.ndarray]:
-        """The arrays of column `name` at `indices` (int64)."""
+        """Return the arrays of column `name` at `indices` (int64)."""
         found = []
         for index, chunk in zip(indices, np.searchsorted(self._starts, indices, side="right") - 1, strict=True):
             offsets, values = self._views[name][chunk]
@@ -65,26 +142,23 @@ class TokenRows:
             found.append(values[offsets[row] : offsets[row + 1]])
         return found
 
-    def at(self, indices: np.ndarray) -> tuple["TokenRows", np.ndarray]:
-        """Where the tokens of `indices` are found: here, under these numbers."""
-        return self, indices
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return the rows at `indices`, padded: int64 [rows, longest]."""
+        return self.preprocessor.pad({name: self.rows(name, indices) for name in self.names})
 
 
 class TextRows:
-    """Inputs that are tokenised when their batch is asked for: there are too many to do it before the first step.
+    """Inputs that are tokenized when their batch is asked for: there are too many to do it before the first step.
 
     Args as of `tokenize`.
 
     Attributes:
-        lengths: int32 [rows], as of `TokenRows` but in bytes of text, which batches of similar length can be cut by.
+        lengths: int32 [rows], as of `TokenRows` but in bytes of text, by which batches of similar length can be cut.
     """
 
-    def __init__(
-        self, table: datasets.Dataset, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ):
-        self._table = table.select_columns(list(columns))
-        self.names, self._encode = _encoding(columns, tokenizer, max_length)
-        self._read = 0
+    def __init__(self, table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Preprocessor):
+        self._table, self._columns = table.select_columns(list(columns)), columns
+        self._preprocessor, self._read = preprocessor, 0
         self.lengths = np.empty(len(table), dtype=np.int32)
         for start, block in blocks(self._table):
             bytes_ = sum(pc.binary_length(column).to_numpy() for column in block.columns)
@@ -93,105 +167,54 @@ class TextRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def at(self, indices: np.ndarray) -> tuple[TokenRows, np.ndarray]:
-        """The tokens of `indices`, and their numbers there."""
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return the rows at `indices`, padded: int64 [rows, longest]."""
         self._read += len(indices)
         if self._read > RANDOM_ROWS:
             self._read = 0
             release_pages()
-        tokens = self._encode(self._table[indices])
-        arrays = [pa.array(tokens[name], pa.list_(TOKEN_TYPES[name])) for name in self.names]
-        return TokenRows(pa.table(arrays, names=self.names)), np.arange(len(indices))
+        texts = self._table[indices]
+        return self._preprocessor.batch(*(texts[column] for column in self._columns))
 
 
-TOKEN_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8()}
+def tokenize(table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Preprocessor) -> TokenRows:
+    """Tokenize `columns` (one: a sentence; two: a pair) of every row, once: the result stays in the cache."""
+    key = cache_key(table._fingerprint, columns, preprocessor.identity())
+    target = cache_folder() / f"tokens-{key}.arrow"
 
-
-def _encoding(
-    columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[str], Callable[[dict[str, list[str]]], dict[str, Any]]]:
-    """The names of what a model needs of one or two columns of text, and the function that makes it of a batch."""
-    names = ["input_ids"]
-    if len(columns) == 2 and "token_type_ids" in tokenizer.model_input_names:
-        names.append("token_type_ids")
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        texts = (batch[column] for column in columns)
-        wanted = dict(return_attention_mask=False, return_token_type_ids="token_type_ids" in names)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, **wanted)
-        return {name: encoded[name] for name in names}
-
-    return names, encode
-
-
-def tokenize(
-    table: datasets.Dataset, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> TokenRows:
-    """Tokenise `columns` (one: a sentence; two: a pair) of every row, once: the result stays in the `datasets` cache.
-
-    The cache key is made from the tokenizer's own serialisation: a fast tokenizer changes its pickled form when it is
-    first used, so the key that `datasets` would compute differs from run to run.
-    """
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else repr(tokenizer)
-    if tokenizer.is_fast:
-        vocabulary.update(truncation=None, padding=None)
-    names, encode = _encoding(columns, tokenizer, max_length)
-    fingerprint = cache_key(table._fingerprint, columns, max_length, names, vocabulary)
-    types = {name: datasets.List(datasets.Value(str(TOKEN_TYPES[name]))) for name in names}
-
-    def encode_block(batch: dict[str, list[str]]) -> dict[str, Any]:
-        release_pages()
-        return encode(batch)
-
-    target = cache_folder() / f"tokens-{fingerprint}.arrow"
+    schema = pa.schema([(name, pa.list_(TOKEN_TYPES[name])) for name in preprocessor.names])
     with local_main_process_first():
         if not target.exists():
-            # In a folder of its own: what `datasets` has half written is found by nobody, and removed.
-            with temporary_folder(target) as folder:
-                table.map(
-                    encode_block,
-                    batched=True,
-                    remove_columns=table.column_names,
-                    features=datasets.Features(types),
-                    cache_file_name=str(folder / target.name),
-                    new_fingerprint=fingerprint,
-                    desc="Tokenizing",
-                )
-                os.replace(folder / target.name, target)
-    return TokenRows(datasets.Dataset.from_file(str(target)).data.table)
+            with replacing(target) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+                for batch in _token_batches(table, columns, preprocessor):
+                    writer.write_batch(batch.cast(schema))
+    return TokenRows(datasets.Dataset.from_file(str(target)).data.table, preprocessor)
+
+
+def _token_batches(
+    table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Preprocessor
+) -> Iterator[pa.RecordBatch]:
+    with tqdm(total=len(table), desc="Tokenizing", leave=False, disable=None) as bar:
+        for _, block in blocks(table.select_columns(list(columns)), TEXTS_AT_ONCE):
+            yield preprocessor(*(block[column].to_pylist() for column in columns))
+            bar.update(len(block))
 
 
 def training_tokens(
-    table: datasets.Dataset, columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+    table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Preprocessor
 ) -> TokenRows | TextRows:
-    """The inputs of a training: up to `TOKENIZED_ROWS` are tokenised now, more of them when their batch comes.
+    """Return the inputs of a training: up to `TOKENIZED_ROWS` are tokenized now, more of them when their batch comes.
 
     The tokens are the same either way. Which rows make a batch is not: it depends on `lengths`.
     """
     rows_of = tokenize if len(table) <= TOKENIZED_ROWS else TextRows
-    return rows_of(table, columns, tokenizer, max_length)
-
-
-def pad(
-    tokens: TokenRows | TextRows, indices: np.ndarray, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, torch.Tensor]:
-    """The rows at `indices`, right-padded, as int64 [rows, longest]: input_ids, attention_mask, token_type_ids."""
-    tokens, indices = tokens.at(indices)
-    lengths = tokens.lengths[indices]
-    inside = np.arange(lengths.max()) < lengths[:, None]
-    batch = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
-    for name in tokens.names:
-        fill = tokenizer.pad_token_id if name == "input_ids" else tokenizer.pad_token_type_id
-        padded = np.full(inside.shape, fill, dtype=np.int64)
-        padded[inside] = np.concatenate(tokens.rows(name, indices))
-        batch[name] = torch.from_numpy(padded)
-    return batch
+    return rows_of(table, columns, preprocessor)
 
 
 def unique_sentences(
     table: datasets.Dataset, columns: tuple[str, ...] = PAIRS
 ) -> tuple[datasets.Dataset, list[np.ndarray]]:
-    """Each distinct sentence once, and for every column the index of each row's sentence (int32 [rows]).
+    """Return each distinct sentence once, and for every column the index of each row's sentence (int32 [rows]).
 
     Both are kept in the `datasets` cache, memory-mapped. Sentences are told apart by 64-bit hashes, see `row_hashes`.
     """
@@ -204,7 +227,7 @@ def unique_sentences(
 
 
 def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
-    """What `unique_sentences` keeps, block by block, from the columns of `table`, all of them sentences.
+    """Write what `unique_sentences` keeps, block by block, from the columns of `table`, all of them sentences.
 
     The sentences are numbered as they appear, row by row, so that what a block of pairs needs lies close together.
     """
@@ -218,37 +241,36 @@ def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
     found = np.full(len(known), -1, dtype=np.int32)  # the number of the sentence with each known hash
     indices = np.empty((width, len(table)), dtype=np.int32)
 
-    def write(stream: Any) -> None:
-        count = 0
-        with pa.ipc.new_stream(stream, pa.schema([("sentence", pa.large_string())])) as writer:
-            for start, block in blocks(table):
-                rows = slice(start, start + len(block))
-                some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
-                at = np.searchsorted(known, some)
-                new = np.flatnonzero(found[at] < 0)
-                new = new[np.argsort(first[new])]
-                found[at[new]] = np.arange(count, count + len(new))
-                count += len(new)
-                indices[:, rows] = found[at][inverse].reshape(-1, width).T
-                column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
-                row, column = np.divmod(first[new], width)
-                writer.write_batch(
-                    pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
-                )
-
-    write_file(text, write)
-    write_file(places, lambda stream: np.save(stream, indices))
+    schema, count = pa.schema([("sentence", pa.large_string())]), 0
+    with (
+        replacing(text) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for start, block in blocks(table):
+            rows = slice(start, start + len(block))
+            some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
+            at = np.searchsorted(known, some)
+            new = np.flatnonzero(found[at] < 0)
+            new = new[np.argsort(first[new])]
+            found[at[new]] = np.arange(count, count + len(new))
+            count += len(new)
+            indices[:, rows] = found[at][inverse].reshape(-1, width).T
+            column_by_column = pa.concat_arrays([part for name in names for part in _text(block[name]).chunks])
+            row, column = np.divmod(first[new], width)
+            writer.write_batch(
+                pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
+            )
+    with replacing(places) as temporary:
+        np.save(temporary, indices)
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """In the type of checked tables, which offsets of 32 bits do not limit."""
+    """Cast to the type of checked tables, which offsets of 32 bits do not limit."""
     return column.cast(pa.large_string())
 
 
-def turned(table: datasets.Dataset) -> datasets.Dataset:
-    """The pairs with their sentences exchanged."""
+def swapped(table: datasets.Dataset) -> datasets.Dataset:
+    """Return the pairs with their sentences exchanged."""
     renamed = table.rename_columns({"sentence1": "sentence2", "sentence2": "sentence1"})
     return renamed.select_columns(table.column_names)
-
-
-# --- tokens -> batches -----------------------------------------------------------------------------------------------

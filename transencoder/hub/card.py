@@ -1,9 +1,11 @@
 """Model cards: what a model is, how it does, and how exactly it was made, from what a run left on disk."""
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import huggingface_hub
@@ -13,33 +15,19 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 import transencoder
 from transencoder.config.options import HubTarget
+from transencoder.config.stages import STAGES
 from transencoder.data.paper import published
+from transencoder.data.scores import read_metadata
 from transencoder.data.tables import is_hub_id
 from transencoder.data.tasks import TASKS, title
-from transencoder.evaluation import PRIMARY, markdown_table, origin, shown_value
-from transencoder.labels import read_facts
-from transencoder.model_files import Kind, read_pooling
+from transencoder.evaluation import METRICS, PRIMARY, markdown_table, origin, shown_value
+from transencoder.model_files import Kind, plain_pooling
 from transencoder.runtime.records import RUN_FILE
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 TAG = "trans-encoder"  # by which a repository is known as one of ours
 PIPELINES = {"bi": "sentence-similarity", "cross": "text-ranking"}
 OWN_TAGS = {"bi": ["sentence-similarity", "feature-extraction"], "cross": ["cross-encoder", "text-ranking"]}
-# Our metrics: the Hub's name, and how a reader knows them.
-METRICS = {
-    "spearman": ("spearmanr", "Spearman's rho x 100"),
-    "pearson": ("pearsonr", "Pearson's r x 100"),
-    "auc": ("roc_auc", "AUC x 100"),
-}
-METHODS = {
-    "train_contrastive": "a language model was tuned so that two views of a sentence are close, and other "
-    "sentences far (contrastive learning with InfoNCE).",
-    "distill_bi2cross": "the scores that bi-encoders gave pairs of sentences were learned by a language model that "
-    "reads both sentences together ({loss}).",
-    "distill_cross2bi": "the scores that its teachers gave pairs of sentences were learned by a bi-encoder with the "
-    "cosine of its two vectors ({loss}).",
-}
-LOSSES = {"bce": "binary cross-entropy with soft targets", "mse": "mean squared error", None: ""}
 # The rest of run.json's arguments are shown; these are paths, or said elsewhere in the card.
 NOT_SHOWN = {"inputs", "columns", "dev", "data_dir", "seed", "model_name_or_path", "sentences", "scores", "teachers"}
 NOT_SHOWN |= {"pairs"}
@@ -49,7 +37,7 @@ CARRIED = ("license", "license_name", "license_link", "language")
 
 @dataclass
 class CardFacts:
-    """What a card says beyond what the model's own folder does.
+    """Hold what a card says beyond what the model's own folder does.
 
     Args:
         repo: ORG/NAME.
@@ -81,12 +69,12 @@ class CardFacts:
 
     @property
     def name(self) -> str:
-        """The repository's, without ORG."""
+        """Return the name of the repository without ORG."""
         return self.repo.rpartition("/")[2]
 
 
 def render_card(facts: CardFacts, target: HubTarget) -> str:
-    """The card as Markdown with its metadata.
+    """Return the card as Markdown with its metadata.
 
     Args:
         target: with the licence and language that were asked for; else the base model's are carried over.
@@ -102,12 +90,13 @@ def render_card(facts: CardFacts, target: HubTarget) -> str:
         kind=facts.kind,
         title=facts.name,
         base=data.base_model or Path(facts.base).name,
-        pooling=read_pooling(str(facts.model)) if facts.kind == "bi" else None,
+        pooling=plain_pooling(str(facts.model)) if facts.kind == "bi" else None,
         max_length=tokenizer["model_max_length"],
         results_table=results_table(facts),
+        measures=" or ".join(dict.fromkeys(METRICS[entry["metric"]].card for entry in primary(facts.results))),
         note=facts.note,
         origin=origin(facts.results),
-        method=METHODS[run["stage"]].format(loss=LOSSES[run["arguments"].get("loss")]),
+        method=method_of(run),
         making=making(facts, run, labels),
         lineage=facts.lineage,
         plot=facts.plot,
@@ -121,8 +110,19 @@ def render_card(facts: CardFacts, target: HubTarget) -> str:
     return str(card)
 
 
+def method_of(run: dict[str, Any]) -> str:
+    """Return the sentence about how a stage trains, with the words of what was chosen from registries."""
+    stage = STAGES[run["stage"]]
+    chosen = {
+        option.name: resolve_name(option.metadata["choices"])[run["arguments"][option.name]].card
+        for option in dataclasses.fields(stage.arguments)
+        if option.metadata["choices"] and run["arguments"].get(option.name)
+    }
+    return stage.card.format(**chosen)
+
+
 def card_data(facts: CardFacts, target: HubTarget, arguments: dict[str, Any], labels: dict[str, Any]) -> ModelCardData:
-    """The metadata that the Hub understands."""
+    """Return the metadata that the Hub understands."""
     mutual = len(labels.get("encoders", [])) > 1
     taught = [] if not labels else ["mutual-distillation" if mutual else "self-distillation"]
     base, _ = hub_origin(facts.base)
@@ -142,7 +142,7 @@ def card_data(facts: CardFacts, target: HubTarget, arguments: dict[str, Any], la
         pipeline_tag=PIPELINES[facts.kind],
         tags=[TAG, "unsupervised", *taught, "sentence-transformers", *OWN_TAGS[facts.kind]],
         datasets=list(dict.fromkeys(used)) or None,
-        metrics=list(dict.fromkeys(METRICS[entry["metric"]][0] for entry in measured)) or None,
+        metrics=list(dict.fromkeys(METRICS[entry["metric"]].hub_name for entry in measured)) or None,
         model_name=facts.name,
         eval_results=[eval_result(entry) for entry in measured] or None,
         **known,
@@ -150,10 +150,10 @@ def card_data(facts: CardFacts, target: HubTarget, arguments: dict[str, Any], la
 
 
 def eval_result(entry: dict[str, Any]) -> EvalResult:
-    """An entry of results.json as the Hub's model-index has it."""
+    """Return an entry of results.json in the form of the Hub's model-index."""
     source = TASKS.get(entry["task"])
-    graded = entry["metric"] != "auc"
-    metric, name = METRICS[entry["metric"]]
+    metric = METRICS[entry["metric"]]
+    graded = metric.gold == "score"
     return EvalResult(
         task_type="semantic-similarity" if graded else "binary-classification",
         task_name="Semantic Similarity" if graded else "Paraphrase or entailment of a pair",
@@ -162,14 +162,14 @@ def eval_result(entry: dict[str, Any]) -> EvalResult:
         dataset_config=source.config if source else None,
         dataset_split=entry["split"],
         dataset_revision=source.revision if source else None,
-        metric_type=metric,
-        metric_name=name,
+        metric_type=metric.hub_name,
+        metric_name=metric.card,
         metric_value=round(entry["value"], 4),
     )
 
 
 def results_table(facts: CardFacts) -> str:
-    """A row for each set: the start, this model and, where it has a figure, the paper; empty without results."""
+    """Return a table with a row for each set: start, this model, paper if it has a figure; empty without results."""
     start = {title(entry["task"], entry["split"]): entry["value"] for entry in primary(facts.start)}
     names = [title(entry["task"], entry["split"]) for entry in primary(facts.results)]
     paper = [published(name, facts.paper) if facts.paper else None for name in names]
@@ -183,12 +183,12 @@ def results_table(facts: CardFacts) -> str:
 
 
 def primary(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the metric that tables show."""
+    """Return the entries of the metrics that tables show."""
     return [entry for entry in entries if entry["metric"] in PRIMARY]
 
 
 def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> list[str]:
-    """Lines about what the model started from, who taught it, what it saw, and what was kept."""
+    """Return lines about the model's start, its teachers, its data and the checkpoint that was kept."""
     arguments = run["arguments"]
     lines = [f"Start: {called(arguments['model_name_or_path'], facts)}"]
     teachers = labels.get("encoders", [])
@@ -220,7 +220,7 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
 
 
 def called(name: str, facts: CardFacts) -> str:
-    """How a card names an encoder: by its repository, by its Hub id and revision, or by the last part of its path."""
+    """Return how a card names an encoder: its repository, its Hub id and revision, or the last part of its path."""
     for end, on_the_hub in facts.published.items():
         if name.endswith(end):
             return on_the_hub
@@ -231,15 +231,15 @@ def called(name: str, facts: CardFacts) -> str:
 
 
 def _shown(name: str) -> str:
-    """A Hub id or task as it is, a file or folder without where it lies."""
+    """Return a Hub id or task as it is, and only the name of a file or folder."""
     path = name.rpartition("=")[2]
     return name if path == name and is_hub_id(name) else Path(path).name
 
 
 def hub_origin(name: str) -> tuple[str | None, str | None]:
-    """Hub id and revision of an encoder that came from there; the cache knows the revision that was used.
+    """Return Hub id and revision of an encoder that came from there; the cache knows the revision that was used.
 
-    A name may also be a folder of another machine, or be told from another working directory: the Hub itself is asked.
+    A name that is no path here may be a folder of another machine or working directory, so the Hub is asked.
     """
     path = Path(name)
     if not path.exists():
@@ -255,7 +255,7 @@ def hub_origin(name: str) -> tuple[str | None, str | None]:
 
 
 def base_metadata(base: str) -> dict[str, Any]:
-    """Licence and language as the base model's card has them; empty where it has no card."""
+    """Return licence and language as the base model's card has them; empty if it has no card."""
     try:
         card = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base)
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError, ValueError):
@@ -265,7 +265,7 @@ def base_metadata(base: str) -> dict[str, Any]:
 
 
 def label_facts(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Who gave a student's labels, from the score file's metadata, and `rows`; empty for step 1.
+    """Return who gave a student's labels, from the score file's metadata, and `rows`; empty for step 1.
 
     The file is looked for where it was, where --teachers leave it, and where the driver puts it (the run may have
     moved).
@@ -278,17 +278,17 @@ def label_facts(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return {"rows": 0, "encoders": arguments.get("teachers") or []}
-    return {**read_facts(path), "rows": pq.read_metadata(path).num_rows}
+    return {**read_metadata(path), "rows": pq.read_metadata(path).num_rows}
 
 
 def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:
-    """Files and Hub ids of the training text."""
+    """Return the files and Hub ids of the training text."""
     named = labels.get("pairs") or arguments.get("pairs") if labels else arguments["sentences"]
     return named or [arguments["scores"]]
 
 
 def options_table(run: dict[str, Any]) -> str:
-    """The options of the training stage, without paths; `swap` as it was, where the pairs decided on it."""
+    """Return a table of the stage's options, without paths; `swap` is what the pairs decided."""
     options = run["arguments"] | ({"swap": run["swap"]} if "swap" in run else {})
     rows = [[f"`{name}`", str(value)] for name, value in options.items() if name not in NOT_SHOWN]
     return markdown_table(["option", "value"], [row for row in rows if row[1] != "None"])

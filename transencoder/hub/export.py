@@ -3,7 +3,6 @@
 torch's own exporter does it: the newest release of Optimum (optimum-onnx 0.1.0) refuses transformers from 4.58 on.
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from transencoder.encoders import BiEncoder, CrossEncoder, accepted_inputs
-from transencoder.errors import InputError
+from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.model_files import Kind
-from transencoder.runtime.files import write_folder
+from transencoder.runtime.files import replacing
+from transencoder.runtime.optional import load_optional
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_FILE = "model.onnx"
@@ -32,10 +31,9 @@ CHECK_PAIRS = [
 
 
 def check_packages() -> None:
-    """Raise `InputError` if what the export needs is not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"the export needs packages that are not installed: pip install {' '.join(missing)}")
+    """Raise `InputError` if what the export needs cannot be imported."""
+    for name in PACKAGES:
+        load_optional(name)
 
 
 class Exported(nn.Module):
@@ -52,8 +50,8 @@ class Exported(nn.Module):
 
 def tokens_of(encoder: BiEncoder | CrossEncoder, texts: list) -> dict[str, torch.Tensor]:
     """Sentences, or pairs of them, as the encoder's inputs: int64 [n, longest]."""
-    batch = encoder.tokenizer(texts, padding=True, truncation=True, max_length=encoder.max_length, return_tensors="pt")
-    return accepted_inputs(encoder.backbone, dict(batch))
+    columns = zip(*texts, strict=True) if encoder.kind == "cross" else [texts]
+    return encoder.preprocessor().batch(*map(list, columns))
 
 
 def export_onnx(encoder: BiEncoder | CrossEncoder, folder: Path) -> float:
@@ -81,25 +79,19 @@ def export_onnx(encoder: BiEncoder | CrossEncoder, folder: Path) -> float:
             dynamic_shapes={"values": sizes},
             verbose=False,
         )
-    difference = 0.0
-
-    def write(temporary: Path) -> None:
-        nonlocal difference
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         program.save(str(temporary / ONNX_FILE))
-        encoder.tokenizer.model_max_length = encoder.max_length
         encoder.tokenizer.save_pretrained(temporary)
         difference = greatest_difference(encoder, temporary / ONNX_FILE)
         if not difference <= TOLERANCE:
             raise FloatingPointError(f"the exported model's scores differ by {difference:.2g}; nothing was kept")
-
-    write_folder(folder, write)
     return difference
 
 
 def greatest_difference(encoder: BiEncoder | CrossEncoder, path: Path) -> float:
     """Between the scores of an encoder and of its ONNX file, over `CHECK_PAIRS`, all together and each alone."""
-    import onnxruntime  # only this script needs it
-
+    onnxruntime = load_optional("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run_file(texts: list) -> torch.Tensor:

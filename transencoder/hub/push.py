@@ -15,12 +15,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from transencoder.config.arguments import STAGES
 from transencoder.config.options import HubArguments, HubTarget
 from transencoder.config.recipes import as_options
+from transencoder.config.stages import STAGES
 from transencoder.errors import InputError
 from transencoder.hub.card import PIPELINES, TAG, CardFacts, render_card
-from transencoder.model_files import Kind, inspect_encoder
+from transencoder.model_checks import inspect_encoder
+from transencoder.model_files import Kind
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import MODEL_FILES, read_json, sha256, write_json
 from transencoder.runtime.records import RUN_FILE
@@ -231,7 +232,7 @@ def stage_repository(folder: Path, target: HubTarget) -> Repository:
         known = False
     if not known:
         raise InputError(f"{folder}: its {RUN_FILE} is not that of a training stage")
-    defaults = {f.name: f.default for f in dataclasses.fields(STAGES[run["stage"]])}
+    defaults = {f.name: f.default for f in dataclasses.fields(STAGES[run["stage"]].arguments)}
     given = {name: value for name, value in run["arguments"].items() if value != defaults.get(name)}
     given.pop("inputs", None)
     command = f"accelerate launch scripts/{run['stage']}.py {shlex.join(as_options(given))} --output_dir {folder.name}"

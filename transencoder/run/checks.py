@@ -1,27 +1,29 @@
 """Everything a recipe names, read before any work begins."""
 
 from transencoder.batches import count_pieces
-from transencoder.config.arguments import STAGES, ScoringArguments
+from transencoder.config.arguments import ScoringArguments
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
+from transencoder.config.stages import STAGES
 from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
 from transencoder.data.tasks import Task, load_task
 from transencoder.errors import InputError
-from transencoder.model_files import check_bi_encoder, check_language_model
+from transencoder.model_checks import check_bi_encoder, check_language_model
+from transencoder.model_files import model_options
 from transencoder.run.plan import TRAINING_STAGES, Plan, Student
 from transencoder.runtime.accelerator import trackers
-from transencoder.search.mining import Sides, parse_mix, wanted_pairs
+from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 from transencoder.selection import select_by, training_rows
 
 
 def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
     labelling = _labelling(plan, recipe_path)
-    columns, pooling = labelling.columns, labelling.pooling
+    columns, options = labelling.columns, model_options(labelling)
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
-            check_bi_encoder(student.bi_encoder, pooling)
+            check_bi_encoder(student.bi_encoder, options)
         else:
             check_language_model(student.plm)
     pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)

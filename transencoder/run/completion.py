@@ -1,7 +1,6 @@
 """What of a run is done."""
 
 import math
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +10,7 @@ from transencoder.run.layout import RESULTS_FILE, Layout
 from transencoder.runtime.checkpoints import remove_checkpoints
 from transencoder.runtime.files import read_json
 from transencoder.runtime.records import RUN_FILE
+from transencoder.runtime.shards import remove_shards
 from transencoder.selection import agreement
 
 
@@ -33,7 +33,7 @@ def is_complete(output: Path) -> bool:
 def tidy(output: Path) -> None:
     """Delete what a kill left beside a complete output: checkpoints, shards, a lock."""
     remove_checkpoints(str(output))
-    shutil.rmtree(output.with_name(f".{output.name}.parts"), ignore_errors=True)
+    remove_shards(output)
     output.with_name(f".{output.name}.lock").unlink(missing_ok=True)
 
 

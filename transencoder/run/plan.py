@@ -1,13 +1,13 @@
 """What the driver reads from a recipe: which models, which data, how many cycles."""
 
 import dataclasses
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from transencoder.config.options import StageArguments
 from transencoder.config.parsing import check_numbers
 from transencoder.config.recipes import DRIVER, as_options, check_options, read_recipe
 from transencoder.data.paper import check_setting
@@ -221,7 +221,7 @@ def resolve_recipe(
     """
     recipe = read_recipe(path)
     if seed is not None:
-        check_numbers(Namespace(seed=seed))
+        check_numbers(StageArguments(seed=seed))
         recipe["common"] = {**recipe.get("common", {}), "seed": seed}
     if data_dir is not None:
         recipe[DRIVER] = {**recipe.get(DRIVER, {}), "data_dir": data_dir}

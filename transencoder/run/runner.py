@@ -14,7 +14,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
-from transencoder.data.hub_sets import COMMITS
 from transencoder.errors import BrokenRun, InputError
 from transencoder.run.completion import is_complete, label_agreement, tidy
 from transencoder.run.layout import Layout
@@ -23,6 +22,7 @@ from transencoder.run.stages import Stage
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import write_text
 from transencoder.runtime.locks import lock
+from transencoder.runtime.records import HUB_COMMITS
 from transencoder.runtime.signals import EXIT_CODE, StopSignal
 
 POLL = 2.0  # seconds between two looks at what another student makes
@@ -231,7 +231,7 @@ def free_stage() -> None:
     """Free what a stage leaves in this process: its model, Accelerate's state, the commits of the data it read."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    COMMITS.clear()
+    HUB_COMMITS.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,7 +16,8 @@ from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
 from transencoder.run.completion import is_complete, stopped_before
 from transencoder.run.layout import Layout, encoder_place
 from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
-from transencoder.runtime.files import read_json, write_folder
+from transencoder.runtime.files import read_json, replacing
+from transencoder.runtime.optional import load_optional
 
 
 @dataclass
@@ -190,7 +191,8 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
         best = best_round(rounds, kind)
         target = Layout(run).best(kind)
         if Path(best.path).is_dir():
-            write_folder(target, lambda folder, source=best.path: shutil.copytree(source, folder, dirs_exist_ok=True))
+            with replacing(target) as temporary:
+                shutil.copytree(best.path, temporary)
             why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
             lines.append(f"`{target.relative_to(run)}` is {best.step} of {best.student} ({why}).")
         else:
@@ -200,15 +202,10 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
 
 def plot_progress(path: Path, rounds: list[Round]) -> None:
     """A PNG of score against half-cycle: one panel for each student, one line for each test set (else the dev set)."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot as plt
-
     students = list(dict.fromkeys(r.student for r in rounds if r.path))
-    figure, axes = plt.subplots(
-        1, len(students), figsize=(1.5 + 4.5 * len(students), 4), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure_class = load_optional("matplotlib.figure").Figure
+    figure = figure_class(figsize=(1.5 + 4.5 * len(students), 4), layout="constrained")
+    axes = figure.subplots(1, len(students), sharey=True, squeeze=False)
     for axis, student in zip(axes[0], students, strict=True):
         own = [r for r in rounds if r.student == student]
         labels = [f"{r.kind} {r.cycle}" if r.cycle else "start" for r in own]
@@ -219,7 +216,5 @@ def plot_progress(path: Path, rounds: list[Round]) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("Spearman or AUC, x 100")
     axes[0][-1].legend(title="test set", fontsize="small")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

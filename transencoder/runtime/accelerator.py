@@ -23,9 +23,8 @@ from transencoder.runtime.backends import (
     choose_precision,
     idle_cores,
     process_group,
-    set_up_engine,
+    set_up_backend,
 )
-from transencoder.runtime.heartbeat import watch_machines
 from transencoder.runtime.speed import keep_few_primitives
 
 PROJECT = "trans-encoder"
@@ -38,7 +37,7 @@ def start(arguments: StageArguments) -> Accelerator:
     """Make the Accelerator of this process and seed everything.
 
     Raises:
-        InputError: the tracker asked for is not installed.
+        InputError: the tracker asked for is not installed, or TRANSENCODER_TIMEOUT is not a number.
         BrokenRun: another process of the run ended before all had met.
     """
     log_with = trackers(getattr(arguments, "report_to", "none"))
@@ -48,9 +47,9 @@ def start(arguments: StageArguments) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=accelerate_precision(precision),
-            # The batch size is that of all processes together; each takes its part of every batch.
+            # The batch size is that of all processes together; each takes its share of every batch.
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-            # Every batch has all its pieces: the last one of an epoch needs no special care.
+            # Every batch has all its micro-batches: the last one of an epoch needs no special care.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=log_with or None,
             project_dir=getattr(arguments, "output_dir", None),
@@ -58,8 +57,7 @@ def start(arguments: StageArguments) -> Accelerator:
         )
     except DistError as error:
         raise _unreachable(error) from error
-    watch_machines()
-    set_up_engine(accelerator, precision)
+    set_up_backend(accelerator, precision)
     set_seed(arguments.seed)
     return accelerator
 
@@ -89,7 +87,7 @@ def _unreachable(error: DistError) -> BrokenRun:
 
 
 def progress_bar(accelerator: Accelerator, total: int, title: str, done: int = 0) -> tqdm:
-    """A bar on the first process's terminal; none in a log file, and none that stays when the work is short."""
+    """Show a bar on the first process's terminal; none in a log file, and none that stays when it is full."""
     hidden = None if accelerator.is_main_process else True
     return tqdm(total=total, desc=title, initial=done, leave=False, disable=hidden)
 
@@ -101,7 +99,7 @@ def log(message: str) -> None:
 
 
 def log_idle_cores(accelerator: Accelerator) -> None:
-    """Say once that cores have nothing to do: when the work begins, as bad input gets no line but its own."""
+    """Say once, when the work begins, that cores have nothing to do. (Bad input gets no line but its own.)"""
     if idle := idle_cores(accelerator):
         _log_idle_cores(idle)
 
@@ -113,7 +111,7 @@ def _log_idle_cores(idle: int) -> None:
 
 
 def log_next(command: str) -> None:
-    """What one does next with what was written: for somebody at a terminal, not in a log and not under the driver."""
+    """Suggest the next command to somebody at a terminal; not in a log, and not under the driver."""
     if sys.stderr.isatty() and DRIVER_VARIABLE not in os.environ:
         log(f"next: {command}")
 
@@ -133,7 +131,7 @@ def quiet_libraries() -> None:
 
 
 def trackers(report_to: str) -> list[str]:
-    """The trackers to use; raises `InputError` for one that is not installed."""
+    """Return the trackers to use; raises `InputError` for one that is not installed."""
     installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
     if report_to == "all" and not installed:
         raise InputError(f"--report_to all: none is installed; pip install {' or '.join(TRACKERS)}")
@@ -152,5 +150,5 @@ def start_trackers(accelerator: Accelerator, arguments: Any) -> None:
 
 
 def as_plain(arguments: Any) -> dict[str, Any]:
-    """Arguments as numbers and strings, which is what trackers take."""
+    """Return arguments as numbers and strings, which is what trackers take."""
     return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(arguments).items()}

@@ -1,12 +1,11 @@
-"""What differs between one process, DDP, FSDP and DeepSpeed. The rest of the code is the same under all of them.
+"""What differs between the distributed backends: one process, DDP, FSDP and DeepSpeed. No other file knows.
 
-Under each, weights are float32 and forward passes are autocast, so that all of them compute the same numbers: the
-half-precision weights that FSDP's and DeepSpeed's own mixed precision keep or gather cost quality.
+Weights are float32 and forward passes are autocast under each, so that all compute the same numbers. FSDP's and
+DeepSpeed's own mixed precision keeps or gathers half-precision weights, which costs quality.
 """
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -16,44 +15,42 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, str_to_boo
 from transformers.integrations import unset_hf_deepspeed_config
 
 from transencoder.errors import InputError
+from transencoder.runtime.waiting import timeout
 
-# How long processes wait for one another. What the first one does alone, such as writing files, may take long; a
-# process that ends is noticed by its launcher, a machine that is lost by its heartbeat.
-LONGEST_WAIT = timedelta(hours=6)
 TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16"}  # as DeepSpeed's configuration names them
 
 
 def without_gpu() -> bool:
-    """Whether this process works on the processor."""
+    """Tell whether this process works on the CPU."""
     return not torch.cuda.is_available() or _is_set("ACCELERATE_USE_CPU")
 
 
-def processor_cores() -> int:
-    """Physical cores that this process may use."""
+def cpu_cores() -> int:
+    """Return the number of physical cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(psutil.cpu_count(logical=False) or 1, allowed or 1)
 
 
 def idle_cores(accelerator: Accelerator) -> int:
-    """Cores without work: `accelerate launch` gives a process one thread unless it is told, or knows, otherwise."""
+    """Count the cores without work: `accelerate launch` gives a process one thread unless it is told otherwise."""
     one_of_one = accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1
-    return processor_cores() - 1 if one_of_one else 0
+    return cpu_cores() - 1 if one_of_one else 0
 
 
 def process_group() -> list[InitProcessGroupKwargs]:
-    """What Accelerate must be told to connect the processes of a machine without a GPU: they talk by gloo.
+    """Return how Accelerate connects the processes: how long they wait, and on CPUs that they talk by gloo.
 
-    Without it DeepSpeed and Accelerate disagree about the number of processes, and FSDP, which Accelerate knows on
-    accelerators only, would be plain data parallelism in name and nothing at all in fact.
+    Without gloo, DeepSpeed and Accelerate disagree about the number of processes. Accelerate knows FSDP on GPUs only,
+    and on CPUs would not connect the processes at all.
     """
     if not without_gpu():
-        return [InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        return [InitProcessGroupKwargs(timeout=timeout())]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it chose it
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return []
     if _is_set("ACCELERATE_USE_FSDP"):
         PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
-    return [InitProcessGroupKwargs(backend="gloo", timeout=LONGEST_WAIT)]
+    return [InitProcessGroupKwargs(backend="gloo", timeout=timeout())]
 
 
 def is_set_up_once() -> bool:
@@ -62,17 +59,17 @@ def is_set_up_once() -> bool:
 
 
 def accelerate_precision(precision: str) -> str:
-    """What `Accelerator(mixed_precision=...)` gets: under DeepSpeed "no", because `autocast` takes its place."""
+    """Return what `Accelerator(mixed_precision=...)` gets: "no" under DeepSpeed, where `autocast` takes its place."""
     return "no" if _is_set("ACCELERATE_USE_DEEPSPEED") else precision
 
 
-def set_up_engine(accelerator: Accelerator, precision: str) -> None:
+def set_up_backend(accelerator: Accelerator, precision: str) -> None:
     """Let FSDP and DeepSpeed autocast to `precision`, in place of their own mixed precision."""
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Under ZeRO-3 transformers would load every model in splinters: teachers, which only score, and students,
-        # whose parameters then look one-dimensional. `accelerator.prepare` splits up what is trained.
+        # Under ZeRO-3 transformers would shard every model that it loads: teachers, which only score, and students,
+        # whose parameters then look one-dimensional. `accelerator.prepare` shards what is trained.
         unset_hf_deepspeed_config()
         # An empty list of modules: gradients too are summed in float32.
         accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"] = {
@@ -83,7 +80,7 @@ def set_up_engine(accelerator: Accelerator, precision: str) -> None:
 
 
 def precision(accelerator: Accelerator) -> str:
-    """The autocast type: "no", "bf16" or "fp16"."""
+    """Return the autocast type: "no", "bf16" or "fp16"."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return accelerator.mixed_precision
     setting = accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]
@@ -91,7 +88,7 @@ def precision(accelerator: Accelerator) -> str:
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """The context of a forward pass of a model that was not prepared for training."""
+    """Return the context of a forward pass of a model that was not prepared for training."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return accelerator.autocast()
     chosen = precision(accelerator)
@@ -99,30 +96,30 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
     return torch.autocast(accelerator.device.type, dtype) if dtype else nullcontext()
 
 
-def set_batch(accelerator: Accelerator, total_batch_size: int, pieces: int, max_grad_norm: float) -> None:
-    """Tell the engine the batch that the loader will bring, before `accelerator.prepare`.
+def set_batch(accelerator: Accelerator, total_batch_size: int, micro_batches: int, max_grad_norm: float) -> None:
+    """Tell the backend what batch the loader will bring, before `accelerator.prepare`.
 
     Args:
-        pieces: gradient accumulation steps.
+        micro_batches: gradient accumulation steps.
     """
-    accelerator.gradient_accumulation_steps = pieces
+    accelerator.gradient_accumulation_steps = micro_batches
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=total_batch_size // pieces // accelerator.num_processes,
-            gradient_accumulation_steps=pieces,
+            train_micro_batch_size_per_gpu=total_batch_size // micro_batches // accelerator.num_processes,
+            gradient_accumulation_steps=micro_batches,
             gradient_clipping=max_grad_norm,
         )
 
 
-def engine_name(accelerator: Accelerator) -> str:
-    """What can read a checkpoint: "plain" (one process or DDP), "fsdp" or "deepspeed-zero2", "deepspeed-zero3"."""
+def backend_name(accelerator: Accelerator) -> str:
+    """Return what can read a checkpoint: "plain" (one process or DDP), "fsdp", "deepspeed-zero2" or "-zero3"."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"deepspeed-zero{accelerator.deepspeed_plugin.zero_stage}"
     return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "plain"
 
 
 def choose_precision(choice: str) -> str:
-    """`choice`, or for "auto": what the launcher says, else bf16 where the hardware computes in it."""
+    """Return `choice`, or for "auto" what the launcher says, else bf16 where the hardware computes in it."""
     if choice != "auto":
         return choice
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

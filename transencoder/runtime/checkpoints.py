@@ -1,11 +1,10 @@
-"""Checkpoints of a training under way: written whole or not at all, checked when read, the newest good one used.
+"""Checkpoints of a training under way: written whole or not at all, and the newest that is whole is read.
 
 OUTPUT_DIR/checkpoints/step-000400/    what Accelerate saves (model, optimizer, schedule, random states, progress)
                                        and manifest.json: every file's size and SHA-256
 OUTPUT_DIR/checkpoints/best-000200/    the model with the best score so far, which OUTPUT_DIR gets in the end
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import nn
 
 from transencoder.errors import BrokenRun, InputError, writing
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.backends import engine_name
-from transencoder.runtime.files import sha256, write_json
+from transencoder.runtime.backends import backend_name
+from transencoder.runtime.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 
@@ -26,8 +25,8 @@ MANIFEST = "manifest.json"
 class Checkpoints:
     """The folder `checkpoints` of one training run.
 
-    Accelerate's own rotation removes the oldest checkpoint before the new one is whole, and takes a half-written one
-    for the newest; so its `save_state` writes to a temporary name here, and the folder is renamed when it is complete.
+    Accelerate's own rotation removes the oldest checkpoint before the new one is whole, and reads a half-written one.
+    So its `save_state` writes to a temporary name here, and the folder is renamed when it is complete.
 
     Args:
         keep: how many to keep.
@@ -35,13 +34,13 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, output_dir: str, keep: int):
         self.accelerator, self.folder, self.keep = accelerator, Path(output_dir) / "checkpoints", keep
-        if engine_name(accelerator) == "plain":
+        if backend_name(accelerator) == "plain":
             # DDP's names of the weights begin with "module."; without it one process can go on where two stopped.
             accelerator.register_save_state_pre_hook(self._save_unwrapped)
             accelerator.register_load_state_pre_hook(self._load_unwrapped)
 
     def best(self, step: int) -> Path:
-        """Where the model of `step`, the best so far, lies."""
+        """Return where the model of `step`, the best so far, lies."""
         return self.folder / f"best-{step:06}"
 
     def save(self, step: int, best_step: int) -> None:
@@ -61,21 +60,21 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             files = {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}
             content = {name: [path.stat().st_size, sha256(path)] for name, path in sorted(files.items())}
-            facts = dict(step=step, best_step=best_step, **self._setting())
-            write_json(temporary / MANIFEST, {**facts, "files": content})
+            setting = dict(backend=backend_name(self.accelerator), world_size=self.accelerator.num_processes)
+            write_json(temporary / MANIFEST, dict(step=step, best_step=best_step, **setting, files=content))
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             self._rotate(best_step)
         self.accelerator.wait_for_everyone()
 
     def load_newest(self) -> bool:
-        """Load the newest checkpoint that is whole; whether there was one."""
+        """Load the newest checkpoint that is whole; returns whether there was one."""
         choice = [self.newest() if self.accelerator.is_main_process else None]
         (path,) = broadcast_object_list(choice)
         if path is None:
             return False
         self.accelerator.load_state(str(path))
-        self.accelerator.step = 0  # pieces of a batch; how many there are may have changed
+        self.accelerator.step = 0  # micro-batches of a batch; their number may have changed
         if self.accelerator.is_main_process:
             written = _manifest(path)["world_size"]
             now = self.accelerator.num_processes
@@ -84,7 +83,7 @@ class Checkpoints:
         return True
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole."""
+        """Return the newest checkpoint that is whole."""
         for path in reversed(_numbered(self.folder)):
             problem = _problem(path)
             if not problem:
@@ -97,9 +96,6 @@ class Checkpoints:
 
     def _load_unwrapped(self, models: list[nn.Module], folder: str) -> None:
         models[:] = [self.accelerator.unwrap_model(model) for model in models]
-
-    def _setting(self) -> dict[str, Any]:
-        return dict(engine=engine_name(self.accelerator), world_size=self.accelerator.num_processes)
 
     def _rotate(self, best_step: int) -> None:
         """Remove all but the newest `keep` checkpoints, and the best models that none of those refers to."""
@@ -118,45 +114,46 @@ def remove_checkpoints(output_dir: str) -> None:
 
 
 def check_resumable(output_dir: str, accelerator: Accelerator) -> None:
-    """Refuse, before any model is loaded, to go on from checkpoints that only another engine can read.
+    """Refuse, before any model is loaded, to go on from checkpoints that this run cannot read.
 
     Raises:
-        InputError: the newest one is FSDP's or DeepSpeed's and this run is not, or the other way round; or it is
-            DeepSpeed's, which splits it by the number of processes, and that number has changed.
+        InputError: the newest one was written by an older version of this package, under another backend, or by
+            DeepSpeed with another number of processes, each of which has its shard.
     """
     manifests = [_manifest(path) for path in reversed(_numbered(Path(output_dir) / "checkpoints"))]
     newest = next((manifest for manifest in manifests if manifest), None)
     if newest is None:
         return
-    engine, advice = engine_name(accelerator), "launch it the same way, or start anew with --overwrite"
-    if newest["engine"] != engine:
+    backend, where = backend_name(accelerator), f"--output_dir {output_dir}: its checkpoints were written"
+    if "backend" not in newest:
+        raise InputError(f"{where} by an older version, whose models had other names; start anew with --overwrite")
+    advice = "launch it the same way, or start anew with --overwrite"
+    if newest["backend"] != backend:
+        raise InputError(f"{where} under {newest['backend']}, this is {backend}; {advice}")
+    if backend.startswith("deepspeed") and newest["world_size"] != accelerator.num_processes:
         raise InputError(
-            f"--output_dir {output_dir}: its checkpoints were written under {newest['engine']}, this is {engine}; "
-            f"{advice}"
-        )
-    if engine.startswith("deepspeed") and newest["world_size"] != accelerator.num_processes:
-        raise InputError(
-            f"--output_dir {output_dir}: its checkpoints were written by {newest['world_size']} processes, these are "
-            f"{accelerator.num_processes}, and DeepSpeed cannot split them anew; {advice}"
+            f"{where} by {newest['world_size']} processes, these are {accelerator.num_processes}, and DeepSpeed "
+            f"cannot shard them anew; {advice}"
         )
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Return the checkpoints, oldest first: step-1000000 comes after step-999900."""
+    steps = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(step), path) for step, path in steps if step.isdecimal())]
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself; None if it does not."""
+    """Read a checkpoint's metadata; returns None if there is none, or not all of it."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if {"step", "best_step", "engine", "world_size", "files"} <= manifest.keys() else None
+        manifest = read_json(path / MANIFEST)
+        return manifest if {"step", "best_step", "world_size", "files"} <= manifest.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def _problem(path: Path) -> str | None:
-    """In words, what is wrong with a checkpoint; None if it is as it was written."""
+    """Say what is wrong with a checkpoint; returns None if it is as it was written."""
     manifest = _manifest(path)
     if manifest is None:
         return f"{MANIFEST} cannot be read"

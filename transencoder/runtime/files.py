@@ -1,21 +1,25 @@
 """What a stage leaves on disk. A result appears under its name only when it is whole."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import psutil
 
 from transencoder.errors import writing
-from transencoder.runtime.locks import remove_abandoned
 
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (
-    "1_Pooling",
+    "[0-9]*_[A-Z]*",  # modules of sentence-transformers, such as 1_Pooling
+    "*.model",
+    "chat_template*",
     "config*.json",
     "model*.safetensors*",
     "modules.json",
@@ -28,7 +32,7 @@ MODEL_FILES = (
 
 
 def sha256(*files: Path) -> str:
-    """Checksum of the files' contents, one after another."""
+    """Return the checksum of the files' contents, one after another."""
     sha = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -38,7 +42,7 @@ def sha256(*files: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises OSError or ValueError, the latter for a pipe or for endless nesting, too."""
+    """Read a JSON file; raises OSError, or ValueError, which stands for a pipe and for endless nesting, too."""
     if path.exists() and not path.is_file():
         raise ValueError("not a file")
     try:
@@ -48,57 +52,39 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` to `path` by way of a temporary name."""
+    """Write `content` to `path` as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 `text` to `path` by way of a temporary name."""
-    write_file(path, lambda stream: stream.write(text.encode()))
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, and put it in the place of `path`."""
-    # Students on several machines may write the same recipe at the same time.
-    host = socket.gethostname()
-    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            with temporary.open("wb") as stream:
-                write(stream)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    remove_abandoned(path.parent, f".{path.name}.{host}.*.tmp")
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder beside `folder`, and put it in the place of `folder`."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with writing(folder):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        except Exception:  # a disk that is full has no room for half a folder
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    """Write `text` to `path` in UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 @contextmanager
-def temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` for what is to become it; removed in the end, as are those of killed processes."""
-    host = socket.gethostname()
-    folder = target.with_name(f".{target.name}.{host}.{os.getpid()}.tmp")
-    with writing(target):
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write a file or a folder that takes the place of `path` once it is whole.
+
+    It has the same name in a temporary folder beside `path`. After an error or a kill, `path` is as it was before. An
+    old folder is gone only between two renames. What killed processes of this machine left behind is deleted.
+    """
+    # Students on several machines may write the same recipe at the same time.
+    before, after = f".{path.name}.{socket.gethostname()}.", ".tmp"
+    folder = path.with_name(f"{before}{os.getpid()}{after}")
+    with writing(path):
         try:
-            folder.mkdir(exist_ok=True)
-            yield folder
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder / path.name
+            if path.is_dir():
+                os.replace(path, folder / f"{path.name}.old")
+            os.replace(folder / path.name, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    remove_abandoned(target.parent, f".{target.name}.{host}.*.tmp")
+    for left in path.parent.glob(f"{glob.escape(before)}*{after}"):
+        number = left.name.removeprefix(before).removesuffix(after)
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def place_model(source: Path, target: Path) -> None:

@@ -1,7 +1,8 @@
-"""run.json: what makes an output folder, and whether it holds this very run."""
+"""run.json: what made an output folder, and whether it holds this very run."""
 
 import functools
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,53 +10,33 @@ import torch
 import transformers
 
 import transencoder
-from transencoder.data.hub_sets import COMMITS
-from transencoder.data.pools import local_files
+from transencoder.config.options import result_options
 from transencoder.errors import InputError, is_first_process, storage_error
 from transencoder.runtime.files import read_json, sha256, write_json
 from transencoder.runtime.locks import lock, unlock
 
 RUN_FILE = "run.json"
+# Commit of every Hub dataset that this process has loaded; data/hub_sets.py notes them here.
+HUB_COMMITS: dict[str, str] = {}
 
 
-# These change how a run goes, not what comes out of it.
-NOT_IDENTITY = {
-    "recipe",
-    "overwrite",
-    "report_to",
-    "output_dir",
-    "output",
-    "eval_batch_tokens",
-    "micro_batch_size",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_public",
-    "hub_license",
-    "hub_language",
-    "histogram",
-    "shard_rows",
-}
+def identity(arguments: Any, inputs: Iterable[Path]) -> dict[str, Any]:
+    """Return what decides the result: the options, and the SHA-256 of every input.
 
-
-def identity(arguments: Any) -> dict[str, Any]:
-    """What decides what comes out: the arguments, and the SHA-256 of every file and local model that they name."""
-    values = {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
-    named = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
-    words = [item for item in named if isinstance(item, str)]
-    paths = [Path(word.rpartition("=")[2]) for word in words]
-    paths += local_files(words, values["data_dir"]) if values.get("data_dir") else []
-    return {**values, "inputs": {str(path): sum_ for path in paths if (sum_ := _checksum(path))}}
+    Args:
+        arguments: a stage's dataclass of options.
+        inputs: files and models' folders; `data.pools.input_files` finds them. What is neither is passed over.
+    """
+    return {**result_options(arguments), "inputs": {str(path): sum_ for path in inputs if (sum_ := _checksum(path))}}
 
 
 def model_identity(name: str, pooling: str | None) -> dict[str, str | None]:
-    """What tells a model from another: the checksum of a folder's weights, or a Hub id; and how it pools."""
+    """Return what tells a model from another: the checksum of its weights or its Hub id, and how it pools."""
     return {"weights": _checksum(Path(name)) or name, "pooling": pooling}
 
 
 def _checksum(path: Path) -> str | None:
-    """SHA-256 of a file, or of the weights in a model's folder; None for anything else."""
+    """Return the SHA-256 of a file, or of the weights in a model's folder; None for anything else."""
     files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         return None
@@ -67,7 +48,7 @@ def _checksum(path: Path) -> str | None:
 
 @functools.cache
 def code_version() -> str:
-    """The package's version and, in a checkout, its commit: "0.1.0+g1a2b3c4d5e6f", with ".dirty" for changed files."""
+    """Return the version and, in a checkout, its commit: "0.1.0+g1a2b3c4d5e6f", with ".dirty" for changed files."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return transencoder.__version__
@@ -80,7 +61,7 @@ def code_version() -> str:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, what sets two runs apart: "seed is 1 there and 2 here"."""
+    """Return in words what sets two runs apart: "seed is 1 there and 2 here"."""
     files = [
         path
         for path in {**before.get("inputs", {}), **now.get("inputs", {})}
@@ -91,12 +72,13 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(changes or [f"{path} has changed since" for path in files[:3]])
 
 
-def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
+def claim(arguments: Any, stage: str, inputs: Iterable[Path], result: str | None = None) -> bool:
     """Check a stage's output folder before work begins.
 
     Args:
         arguments: with output_dir and overwrite.
         stage: the script's name without ".py".
+        inputs: as `identity` takes them.
         result: the file that the stage writes, where it may lie beside other files; by default the folder is all its
             own.
     Returns:
@@ -121,22 +103,29 @@ def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
         raise InputError(f"{where}: {RUN_FILE} cannot be read; delete the folder, {advice}") from error
     if found_stage != stage:
         raise InputError(f"{where}: holds the result of {found_stage}; {advice}")
-    changed = difference(found, identity(arguments))
+    changed = difference(found, identity(arguments, inputs))
     if changed:
         raise InputError(f"{where}: holds another run's results ({changed}); {advice}")
     # Somebody may have deleted what was damaged.
     return status == "complete" and any(folder.glob(result or "model*.safetensors"))
 
 
-def write_run(arguments: Any, stage: str, status: str, **facts: Any) -> None:
-    """Record what makes the output folder. `status`: "running", or "complete", which is written last of all.
+def write_run(arguments: Any, stage: str, status: str, inputs: Iterable[Path], **metadata: Any) -> None:
+    """Write run.json; from "running" to "complete" the first process holds the folder's lock.
 
-    Between the two the first process has the folder's lock.
+    Args:
+        arguments: with output_dir.
+        stage: the script's name without ".py".
+        status: "running", or "complete", which is written last of all.
+        inputs: as `identity` takes them.
+        metadata: what else run.json says.
+    Raises:
+        InputError: the folder cannot be made.
     """
     folder = Path(arguments.output_dir)
-    facts |= {"hub_datasets": dict(COMMITS)} if COMMITS else {}
+    metadata |= {"hub_datasets": HUB_COMMITS} if HUB_COMMITS else {}
     versions = {"transencoder": code_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    content = dict(stage=stage, status=status, arguments=identity(arguments), versions=versions, **facts)
+    content = dict(stage=stage, status=status, arguments=identity(arguments, inputs), versions=versions, **metadata)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What a long scoring has done so far, on disk, so that it goes on from there after a crash or a signal.
+"""The shards that a long scoring has done so far, on disk: after a crash or a signal it goes on from there.
 
-.OUTPUT.parquet.parts/facts.json              whose parts these are
+.OUTPUT.parquet.parts/facts.json              whose shards these are
 .OUTPUT.parquet.parts/encoder-0.part-3.npy    the encoder's outputs for the fourth `rows` inputs
 """
 
@@ -14,19 +14,19 @@ from accelerate import Accelerator
 
 from transencoder.errors import writing
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.files import write_file, write_json
+from transencoder.runtime.files import replacing, write_json
 from transencoder.runtime.locks import lock, unlock
 
 FACTS_FILE = "facts.json"
 
 
-class Parts:
-    """A folder of parts; those of another scoring are thrown away. The first process has the output's lock meanwhile.
+class Shards:
+    """A folder of shards. The first process has the output's lock meanwhile.
 
     Args:
-        output: the file that the parts will become.
-        facts: what the scores depend on.
-        rows: inputs in a part.
+        output: the file that the shards will become.
+        facts: what the scores depend on; shards with other metadata are deleted.
+        rows: inputs of a shard.
     """
 
     def __init__(self, output: Path, facts: dict[str, Any], rows: int, accelerator: Accelerator):
@@ -43,7 +43,7 @@ class Parts:
         accelerator.wait_for_everyone()
         done = sum(1 for _ in self.folder.glob("*.npy"))
         if done:
-            log(f"going on from {self.folder}: {done} parts are done")
+            log(f"going on from {self.folder}: {done} shards are done")
 
     def _found(self) -> Any:
         try:
@@ -52,26 +52,27 @@ class Parts:
             return None
 
     def load(self, name: str, number: int, rows: int) -> np.ndarray | None:
-        """A part that is done: float32 [rows] or [rows, d]; None if there is none, or it is damaged."""
+        """Load a shard: float32 [rows] or [rows, d]; None if there is none, or it is damaged."""
         path = self._path(name, number)
         try:
-            part = np.load(path)
+            shard = np.load(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError):
-            part = np.empty(0)
-        if len(part) == rows:
-            return part
+            shard = np.empty(0)
+        if len(shard) == rows:
+            return shard
         log(f"warning: {path} is damaged; scoring it again")
         return None
 
-    def save(self, name: str, number: int, part: np.ndarray) -> None:
-        """Keep a part, from the first process."""
+    def save(self, name: str, number: int, shard: np.ndarray) -> None:
+        """Keep a shard, from the first process."""
         if self.accelerator.is_main_process:
-            write_file(self._path(name, number), lambda stream: np.save(stream, part))
+            with replacing(self._path(name, number)) as temporary:
+                np.save(temporary, shard)
 
     def remove(self) -> None:
-        """Once the output is there."""
+        """Delete the shards once the output is there, and give its lock back."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder)
             unlock(self.output)
@@ -80,8 +81,8 @@ class Parts:
         return self.folder / f"{name}.part-{number}.npy"
 
 
-def remove_parts(output: Path) -> None:
-    """Delete the parts of an output that is whole."""
+def remove_shards(output: Path) -> None:
+    """Delete the shards of an output that is whole."""
     shutil.rmtree(_folder(output), ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The same results with less work. docs/performance.md says what each of these brings."""
+"""Optimizations that change no result. docs/performance.md says what each of these brings."""
 
 import ctypes
 import os
@@ -28,8 +28,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def read_first_token_only(backbone: "PreTrainedModel") -> None:
     """Let the last layer compute its first token only, where that is all that is read of it.
 
-    Its keys and values are those of all tokens; what comes behind its attention, three quarters of a layer's
-    multiplications, is done for one token of each input. Unknown architectures stay as they are.
+    Keys and values still come from all tokens. What follows the attention, three quarters of a layer's work, is
+    computed for one token of each input. Unknown architectures stay as they are.
 
     Args:
         backbone: changed in place: its last hidden state becomes [n, 1, d].
@@ -41,15 +41,15 @@ def read_first_token_only(backbone: "PreTrainedModel") -> None:
     last.register_forward_pre_hook(lambda module, inputs: tuple(states[:, :1] for states in inputs))
 
 
-class ProcessorDropout(nn.Dropout):
-    """Dropout from 16 random bits an element, for a processor: PyTorch draws 64 there, one after another.
+class CPUDropout(nn.Dropout):
+    """Dropout from 16 random bits an element, for CPUs: PyTorch draws 64 there, one after another.
 
     The probability is rounded to a multiple of 2^-16. The bits are those of torch's generator, so that seeds and
     checkpoints mean what they always do.
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Any shape and float type, the same out."""
+        """Drop and rescale `states`, of any shape and float type; returns the same shape and type."""
         if not self.training or self.p in (0, 1):
             return super().forward(states)
         words = torch.empty(-(-states.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -58,15 +58,15 @@ class ProcessorDropout(nn.Dropout):
         return torch.where(kept, states, 0.0).mul_(1 / (1 - self.p))  # backward keeps one byte an element
 
 
-def use_processor_dropout(model: nn.Module) -> None:
-    """Put `ProcessorDropout` in the place of every dropout layer, in place."""
+def use_cpu_dropout(model: nn.Module) -> None:
+    """Put `CPUDropout` in the place of every dropout layer, in place."""
     for module in model.modules():
         if type(module) is nn.Dropout:
-            module.__class__ = ProcessorDropout
+            module.__class__ = CPUDropout
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what reading and tokenising have freed, which Arrow and the C library keep for more."""
+    """Return freed memory to the system, which Arrow and the C library keep for more, after reading and tokenizing."""
     pa.default_memory_pool().release_unused()
     malloc_trim = _libc("malloc_trim")
     if malloc_trim is not None:
@@ -74,10 +74,10 @@ def release_freed_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep memory that is freed, for the next step, which wants the same again.
+    """Let the C library keep freed memory for the next training step, which needs as much again.
 
-    By default it gives every large block back to the kernel, which clears it before it hands it out once more. Does
-    nothing outside of Linux with glibc.
+    By default it returns every large block to the kernel, which clears it before it hands it out once more. Nothing
+    happens outside of Linux with glibc.
     """
     mallopt = _libc("mallopt")
     if mallopt is not None:
@@ -86,17 +86,17 @@ def keep_freed_memory() -> None:
 
 
 def _libc(name: str) -> Any:
-    """A function of glibc; None outside of Linux, or with another C library."""
+    """Return a function of glibc; None outside of Linux, or with another C library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def keep_few_primitives(precision: str) -> None:
     """Let oneDNN keep the code of its last `PRIMITIVES` functions only. Must come before the first computation.
 
-    On a processor it computes GELU in float32, in bf16 the matrix products as well. It makes a function for each shape
-    of a batch, of which there are hundreds here, and each takes one or two megabytes. Where a shape hardly comes back,
-    as in scoring, this saves time as well; in training the functions of a step are made anew when its length changes,
-    in a third of a millisecond each, which only a tiny model feels. What the user has set stays.
+    On CPUs it computes GELU in float32, and in bf16 the matrix products as well. It compiles a function for each shape
+    of a batch. There are hundreds here, of one or two megabytes each. Scoring hardly meets a shape twice and gets
+    faster, too. Training compiles again when the length changes, which takes a third of a millisecond a function and
+    only shows with a tiny model. What the user has set stays.
     """
     if precision in PRIMITIVES:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES[precision]))

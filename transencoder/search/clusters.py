@@ -1,13 +1,13 @@
 """Paraphrases in a pile of sentences: neighbours by a bi-encoder, confirmed by a cross-encoder, as communities."""
 
-import networkx as nx
 import numpy as np
 
+from transencoder.runtime.optional import load_optional
 from transencoder.search.neighbours import search_vectors
 
 
 def candidate_pairs(index, vectors: np.ndarray, neighbours: int, rows_at_once: int = 8192) -> np.ndarray:
-    """Each sentence with its nearest neighbours, every pair once: int64 [pairs, 2], the smaller row first, ascending.
+    """Pair each sentence with its nearest neighbours: distinct int64 [pairs, 2], the smaller row first, ascending.
 
     Args:
         index: FAISS index of `vectors`.
@@ -23,7 +23,7 @@ def candidate_pairs(index, vectors: np.ndarray, neighbours: int, rows_at_once: i
 
 
 def communities(pairs: np.ndarray, scores: np.ndarray, threshold: float, seed: int) -> list[list[tuple[int, float]]]:
-    """Groups of sentences that are paraphrases of one another, largest first.
+    """Group the sentences that are paraphrases of one another, largest first.
 
     Sentences are joined where their score reaches the threshold; Louvain communities, not connected parts, so that a
     chain of near misses does not join two groups.
@@ -34,6 +34,7 @@ def communities(pairs: np.ndarray, scores: np.ndarray, threshold: float, seed: i
     Returns:
         For each group its rows, the most central first, each with its mean score to those that it is joined with.
     """
+    nx = load_optional("networkx")
     graph = nx.Graph()
     kept = scores >= threshold
     graph.add_weighted_edges_from(

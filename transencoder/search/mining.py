@@ -5,126 +5,40 @@ Everything goes block by block. What grows with the number of sentences lies on 
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 
-from transencoder.config.arguments import DEFAULT_MIX, MiningArguments
-from transencoder.data.tables import PAIRS
+from transencoder.config.arguments import MiningArguments
+from transencoder.data.scores import write_tables
+from transencoder.data.tables import PAIRS, SENTENCES
+from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError
-from transencoder.labels import write_tables
+from transencoder.inference import Inference
+from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, progress_bar
-from transencoder.runtime.files import write_file
-from transencoder.runtime.shards import Parts
+from transencoder.runtime.files import replacing
+from transencoder.runtime.optional import load_optional
+from transencoder.runtime.shards import Shards
+from transencoder.runtime.waiting import wait_long
+from transencoder.search.mix import Sides, Source, parse_mix, wanted_pairs
 from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index
 
-PAIRS_PER_SENTENCE = 4  # unless the number of pairs is given
-BAND = (1, 10)  # of a source that names none
 OVERDRAW = 2.0  # a pair may be found from both of its ends, and by several sources
 QUERIES = 8192  # sentences whose neighbours are looked for at a time
 WRITTEN_ROWS = 65_536  # pairs of a Parquet row group
 LEXICAL_ROWS = 100_000  # above it, a sentence's lexical neighbours are those in a random part of about this size
-SOURCE = re.compile(r"(lexical|nearest)(?::(\d+)-(\d+))?|random")
+LIBRARY = {"lexical": "bm25s", "nearest": "faiss"}
 BINS = np.linspace(-1.0, 1.0, 81)
 SPREAD_BANDS = 10  # of the cosine from 0 to 1; the lowest has the pairs below 0, too
 
 
-@dataclass(frozen=True)
-class Source:
-    """One source of pairs.
-
-    Args:
-        kind: "lexical", "nearest" or "random".
-        low, high: ranks of the neighbours that are taken, from 1; both ends included.
-        share: of the pairs, in any unit.
-    """
-
-    kind: str
-    low: int
-    high: int
-    share: float
-
-    @property
-    def name(self) -> str:
-        """As the mix calls it: nearest:4-20."""
-        return self.kind if self.kind == "random" else f"{self.kind}:{self.low}-{self.high}"
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The sentences that are paired: with one another, or with those of a second side.
-
-    Args:
-        first, second: column sentence; the same table where there is one side.
-    """
-
-    first: datasets.Dataset
-    second: datasets.Dataset
-
-    @property
-    def single(self) -> bool:
-        """Whether there is one side only."""
-        return self.first is self.second
-
-    def keys(self, rows: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-        """A number for each pair, the same for both of its orders where there is one side: int64, as `rows`."""
-        if self.single:
-            rows, neighbours = np.minimum(rows, neighbours), np.maximum(rows, neighbours)
-        return rows * len(self.second) + neighbours
-
-
-def parse_mix(words: list[str] | None) -> list[Source]:
-    """["nearest:1-3=2", "random=1"] -> two sources; None -> the default mix.
-
-    Raises:
-        InputError: an unknown source, a band that is none, a share that is not positive, a source that is there twice.
-    """
-    sources = []
-    for word in words or DEFAULT_MIX:
-        name, _, share = word.partition("=")
-        match = SOURCE.fullmatch(name)
-        try:
-            amount = float(share)
-        except ValueError:
-            amount = math.nan
-        if not match or not 0 < amount < math.inf:
-            raise InputError(f"--mix {word}: must be SOURCE=SHARE: lexical=1 nearest:4-20=0.5 random=1 (see --help)")
-        low, high = (int(match[2]), int(match[3])) if match[2] else BAND
-        if not 1 <= low <= high:
-            raise InputError(f"--mix {word}: the ranks must go from 1 or more upwards")
-        sources.append(Source(match[1] or "random", low, high, amount))
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        raise InputError(f"--mix {' '.join(words)}: a source is there twice")
-    return sources
-
-
-def wanted_pairs(sources: list[Source], num_pairs: int | None, sides: Sides) -> list[int]:
-    """How many pairs each source is to give: all together `num_pairs`, or a few for each sentence.
-
-    Raises:
-        InputError: a band of ranks that begins behind the last neighbour.
-    """
-    others = len(sides.second) - sides.single
-    for source in sources:
-        if source.kind != "random" and source.low > others:
-            raise InputError(
-                f"--mix {source.name}: there is no neighbour of rank {source.low} among {others} sentences"
-            )
-    total = num_pairs or PAIRS_PER_SENTENCE * len(sides.first)
-    ends = np.rint(np.cumsum([source.share for source in sources]) / sum(s.share for s in sources) * total).astype(int)
-    return np.diff(ends, prepend=0).tolist()
-
-
 def draw(ranked: np.ndarray, source: Source, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Some neighbours of each sentence, at random from the source's band of ranks.
+    """Draw some neighbours of each sentence at random from the source's band of ranks.
 
     Args:
         ranked: int64 [rows, k], neighbours from rank 1 on; -1 where there are no more.
@@ -139,14 +53,14 @@ def draw(ranked: np.ndarray, source: Source, counts: np.ndarray, rng: np.random.
 
 
 def without_self(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`found` (int64 [rows, k], neighbours) without the sentence itself, the others moved up: int64 [rows, k - 1]."""
+    """Remove each sentence itself from its neighbours: `found`, int64 [rows, k], becomes int64 [rows, k - 1]."""
     own = found == rows[:, None]
     own[:, -1] |= ~own.any(axis=1)  # where it was not found, the last neighbour goes
     return found[~own].reshape(len(found), -1)
 
 
 class Miner:
-    """Looks for pairs, and keeps what it has found in parts, so that it goes on after a crash.
+    """A search for pairs that keeps what it has found in shards, and so goes on after a crash.
 
     Args:
         vectors: of both sides, float32 [sentences, d], of unit length, memory-mapped.
@@ -159,14 +73,14 @@ class Miner:
         sources: list[Source],
         wanted: list[int],
         seed: int,
-        parts: Parts,
+        shards: Shards,
         accelerator: Accelerator,
     ):
         self.sides, self.vectors, self.sources, self.wanted = sides, vectors, sources, wanted
-        self.seed, self.parts, self.accelerator = seed, parts, accelerator
+        self.seed, self.shards, self.accelerator = seed, shards, accelerator
 
     def mine(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys (int64, ascending) and source numbers (int8) of the pairs that were found."""
+        """Find the pairs; returns their keys (int64, ascending) and the numbers of their sources (int8)."""
         for kind, search in (("lexical", self._lexical_blocks), ("nearest", self._nearest_blocks)):
             numbers = [number for number, source in enumerate(self.sources) if source.kind == kind]
             if numbers:
@@ -187,12 +101,12 @@ class Miner:
         return keys, origins
 
     def _rng(self, number: int, step: str, block: int = 0) -> np.random.Generator:
-        """A generator of its own for each draw, so that none depends on what was done before a restart."""
+        """Make a generator for one draw, so that none depends on what was done before a restart."""
         return np.random.default_rng((self.seed, number, *step.encode(), block))
 
     def _nearest_blocks(self, numbers: list[int]) -> None:
         """Draw from the neighbours by vectors, for all such sources at once."""
-        index = vector_index(self.vectors[1], self.parts.folder, self.seed)
+        index = vector_index(self.vectors[1], self.shards.folder, self.seed)
         blocks = [
             np.arange(at, min(at + QUERIES, len(self.sides.first))) for at in range(0, len(self.sides.first), QUERIES)
         ]
@@ -201,7 +115,7 @@ class Miner:
         )
 
     def _lexical_blocks(self, numbers: list[int]) -> None:
-        """The same by words, each sentence within a random part of the other side."""
+        """Draw from the neighbours by words, each sentence's in a random share of the other side."""
         first, second = self.sides.first, self.sides.second
         shares = -(-len(second) // LEXICAL_ROWS)
         there = np.array_split(self._rng(0, "deal").permutation(len(second)), shares)
@@ -234,7 +148,7 @@ class Miner:
         for place, rows in enumerate(blocks):
             bar.update()
             names = {number: f"drawn-{number}-{share}" for number in numbers}
-            if all(self.parts.load(name, place, len(rows)) is not None for name in names.values()):
+            if all(self.shards.load(name, place, len(rows)) is not None for name in names.values()):
                 continue
             counts = {
                 number: self._counts(number, len(rows), share * len(self.sides.first) + place) for number in numbers
@@ -247,18 +161,18 @@ class Miner:
             for number, name in names.items():
                 rng = self._rng(number, "draw", share * len(self.sides.first) + place)
                 drawn = draw(ranked, self.sources[number], counts[number], rng)
-                self.parts.save(name, place, np.column_stack([rows, drawn]))
+                self.shards.save(name, place, np.column_stack([rows, drawn]))
         bar.close()
 
     def _counts(self, number: int, rows: int, block: int) -> np.ndarray:
-        """How many neighbours of each sentence to draw: more than are wanted, as some pairs are found twice."""
+        """Return how many neighbours of each sentence to draw: more than wanted, as some pairs are found twice."""
         each = OVERDRAW * self.wanted[number] / len(self.sides.first)
         return (math.floor(each) + (self._rng(number, "counts", block).random(rows) < each % 1)).astype(np.int64)
 
     def _drawn_keys(self, number: int) -> np.ndarray:
-        """Distinct keys of what a source has drawn, ascending; without pairs of a sentence with itself."""
+        """Return the distinct keys of what a source has drawn, ascending; int64 [pairs]."""
         found = []
-        for path in sorted(self.parts.folder.glob(f"drawn-{number}-*.npy")):
+        for path in sorted(self.shards.folder.glob(f"drawn-{number}-*.npy")):
             block = np.load(path)
             rows, neighbours = np.broadcast_arrays(block[:, :1], block[:, 1:])
             there = neighbours >= 0
@@ -266,7 +180,7 @@ class Miner:
         return np.unique(np.concatenate(found))
 
     def _random_keys(self, wanted: int) -> np.ndarray:
-        """Distinct keys of pairs that are drawn at random, ascending."""
+        """Return the distinct keys of random pairs, ascending; int64 [pairs]."""
         rng, size = self._rng(0, "random"), int(OVERDRAW * wanted) + 16
         rows, others = rng.integers(len(self.sides.first), size=size), rng.integers(len(self.sides.second), size=size)
         apart = rows != others if self.sides.single else np.full(size, True)
@@ -274,7 +188,7 @@ class Miner:
 
 
 def texts_of(sides: Sides, keys: np.ndarray, rng: np.random.Generator) -> tuple[list[str], list[str]]:
-    """Both sentences of each pair; where there is one side, in an order that is drawn."""
+    """Return both sentences of each pair; where there is one side, in random order."""
     rows, others = np.divmod(keys, len(sides.second))
     if sides.single:
         turn = rng.random(len(keys)) < 0.5
@@ -283,13 +197,13 @@ def texts_of(sides: Sides, keys: np.ndarray, rng: np.random.Generator) -> tuple[
 
 
 def cosines(miner: Miner, keys: np.ndarray) -> np.ndarray:
-    """The similarity of each pair: float32 [pairs]."""
+    """Return the cosine of each pair: float32 [pairs]."""
     rows, others = np.divmod(keys, len(miner.sides.second))
     return np.einsum("nd,nd->n", miner.vectors[0][rows], miner.vectors[1][others]).astype(np.float32)
 
 
 def spread_evenly(similarities: np.ndarray, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """Which pairs to keep so that there are as many of each similarity.
+    """Choose pairs so that there are equally many of each similarity.
 
     A band that has too few gives all it has, and the others make up for it.
 
@@ -309,7 +223,7 @@ def spread_evenly(similarities: np.ndarray, wanted: int, rng: np.random.Generato
 
 
 def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.Table]:
-    """What was found, block by block: sentence1, sentence2, source, similarity.
+    """Yield what was found, block by block: sentence1, sentence2, source, similarity.
 
     Args:
         wanted: how many pairs; where more were found, they are spread evenly.
@@ -335,25 +249,33 @@ def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.T
         yield pa.table(columns, names=[*PAIRS, "source", "similarity"]).filter(pa.array(different))
 
 
-def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelerator, facts: dict) -> None:
+def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelerator, metadata: dict) -> None:
     """Mine, and write the pairs and the picture from the first process; all processes encode.
 
     Raises:
-        InputError: as `parse_mix` and `wanted_pairs`, or no pair was found.
+        InputError: as `parse_mix`, `wanted_pairs` and `load_optional`, or no pair was found.
     """
     output = Path(arguments.output)
     sources = parse_mix(arguments.mix)
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
+    for kind in {source.kind for source in sources} - {"random"}:
+        load_optional(LIBRARY[kind])  # now, not after all sentences are encoded
+    load_optional("matplotlib.figure")
     looked_for = [arguments.spread * number for number in wanted]
-    parts = Parts(output, facts, arguments.shard_rows, accelerator)
-    encoders, batch_tokens, pooling = arguments.encoders, arguments.eval_batch_tokens, arguments.pooling
+    shards = Shards(output, metadata, arguments.shard_rows, accelerator)
+    inference = Inference(accelerator, arguments.eval_batch_tokens, shards)
+    encoders = [inference.load(name, model_options(arguments)) for name in arguments.encoders]
     vectors = [
-        embed(encoders, table, parts.folder / f"vectors-{place}.vec", accelerator, batch_tokens, parts, pooling)
-        for place, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
+        embed(
+            [(encoder, [tokenize(table, SENTENCES, encoder.preprocessor(side))]) for encoder in encoders],
+            shards.folder / f"vectors-{side}.vec",
+            inference,
+        )
+        for side, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
     ]
     if not accelerator.is_main_process:
-        return  # it has nothing more to do, and the others' search may take long
-    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, parts, accelerator)
+        return wait_long()
+    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, shards, accelerator)
     counts = np.zeros((len(sources), len(BINS) - 1), dtype=np.int64)
 
     def blocks_and_picture() -> Iterator[pa.Table]:
@@ -361,23 +283,20 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
         # The pairs, whose appearance says that all is done, come last.
         plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
 
-    rows = write_tables(output, blocks_and_picture(), facts)
-    parts.remove()
+    rows = write_tables(output, blocks_and_picture(), metadata)
+    shards.remove()
     log(f"{output}: {rows} pairs")
+    wait_long()
 
 
 def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> None:
-    """A PNG with the histogram of each source's similarities.
+    """Plot the histogram of each source's similarities as a PNG.
 
     Args:
         counts: int64 [sources, bins of `BINS`].
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = load_optional("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for source, row in zip(sources, counts, strict=True):
         axis.stairs(row, BINS, label=f"{source.name} ({row.sum()})", linewidth=1.5)
     axis.set_xlabel("cosine of the bi-encoder")
@@ -385,5 +304,5 @@ def plot_similarities(path: Path, sources: list[Source], counts: np.ndarray) -> 
     axis.set_xlim(max(-1.0, BINS[max(0, np.flatnonzero(counts.sum(0)).min() - 2)]), 1.0)
     axis.grid(alpha=0.3)
     axis.legend(title="source", fontsize="small")
-    write_file(path, lambda stream: figure.savefig(stream, dpi=150, format="png"))
-    plt.close(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

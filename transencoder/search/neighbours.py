@@ -1,11 +1,16 @@
 """Neighbours of sentences: by shared words (BM25) and by the cosine of their vectors (FAISS)."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import bm25s
-import faiss
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
-from faiss.contrib.ondisk import merge_ondisk
+
+from transencoder.runtime.optional import load_optional
+
+if TYPE_CHECKING:
+    import faiss
 
 EXACT_ROWS = 100_000  # up to so many vectors are all compared; more are looked for in some of their clusters
 ROWS_AT_ONCE = 200_000  # vectors that are in memory while the index of more of them is built
@@ -13,6 +18,8 @@ MOST_CLUSTERS = 8192
 CLUSTERS_SEARCHED = 32
 SAMPLES_PER_CLUSTER = 40  # FAISS warns below 39
 WORDS = r"(?u)\b\w+\b"
+# What finds the most similar vectors, by the similarity of a bi-encoder. FAISS has no index of Manhattan distances.
+METRICS = {"cosine": "METRIC_INNER_PRODUCT", "dot": "METRIC_INNER_PRODUCT", "euclidean": "METRIC_L2"}
 
 
 class LexicalIndex:
@@ -24,12 +31,12 @@ class LexicalIndex:
     def __init__(self, sentences: list[str]):
         self.size = len(sentences)
         words = _words(sentences)
-        self._index = bm25s.BM25() if any(words) else None
+        self._index = load_optional("bm25s").BM25() if any(words) else None
         if self._index:
             self._index.index(words, show_progress=False)
 
     def search(self, queries: list[str], k: int) -> np.ndarray:
-        """Rows of the `k` sentences that are most like each query, the best first.
+        """Find the rows of the `k` sentences that are most like each query, the best first.
 
         Returns:
             int64 [queries, k]; -1 behind the last sentence that shares a word with the query.
@@ -42,32 +49,40 @@ class LexicalIndex:
 
 
 def _words(sentences: list[str]) -> list[list[str]]:
+    bm25s = load_optional("bm25s")
     return bm25s.tokenize(sentences, token_pattern=WORDS, stopwords=None, return_ids=False, show_progress=False)
 
 
-def vector_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Index:
-    """An index by inner product: exact up to `EXACT_ROWS`, else of clusters, in `folder`, of which some are searched.
+def vector_index(vectors: np.ndarray, folder: Path, seed: int, similarity: str = "cosine") -> faiss.Index:
+    """Build an index, exact up to `EXACT_ROWS`, else in clusters, of which some are searched.
 
     Args:
-        vectors: float32 [rows, d], of unit length; may be memory-mapped.
+        vectors: float32 [rows, d], as `embeddings.comparable` gives them; may be memory-mapped.
+        similarity: a key of `METRICS`.
         folder: for the clusters' files, which must stay while the index is used. Memory does not grow with the rows.
     """
     if len(vectors) > EXACT_ROWS:
-        return _clustered_index(vectors, folder, seed)
-    index = faiss.IndexFlatIP(vectors.shape[1])
+        return _clustered_index(vectors, folder, seed, similarity)
+    index = exact_index(vectors.shape[1], similarity)
     index.add(np.ascontiguousarray(vectors))
     return index
 
 
-def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
-    """A trained index without any rows: a byte for each dimension of a vector, clusters drawn from a sample.
+def exact_index(width: int, similarity: str) -> faiss.Index:
+    """Make an index without any rows that compares every vector, of `width` dimensions."""
+    faiss = load_optional("faiss")
+    return faiss.IndexFlat(width, getattr(faiss, METRICS[similarity]))
+
+
+def empty_clusters(vectors: np.ndarray, seed: int, similarity: str) -> faiss.IndexIVF:
+    """Train an index without any rows: a byte for each dimension of a vector, clusters drawn from a sample.
 
     Args:
         vectors: float32 [rows, d].
     """
-    rows = len(vectors)
+    faiss, rows = load_optional("faiss"), len(vectors)
     clusters = max(1, min(int(4 * rows**0.5), MOST_CLUSTERS, rows // SAMPLES_PER_CLUSTER))
-    index = faiss.index_factory(vectors.shape[1], f"IVF{clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(vectors.shape[1], f"IVF{clusters},SQ8", getattr(faiss, METRICS[similarity]))
     index.cp.seed = seed % 2**31
     chosen = np.random.default_rng(seed).choice(rows, min(rows, clusters * SAMPLES_PER_CLUSTER), replace=False)
     index.train(np.ascontiguousarray(vectors[np.sort(chosen)]))
@@ -75,9 +90,9 @@ def empty_clusters(vectors: np.ndarray, seed: int) -> faiss.IndexIVF:
     return index
 
 
-def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.IndexIVF:
-    """The clusters of all vectors, memory-mapped: built block by block, and merged on disk."""
-    index = empty_clusters(vectors, seed)
+def _clustered_index(vectors: np.ndarray, folder: Path, seed: int, similarity: str) -> faiss.IndexIVF:
+    """Build the clusters of all vectors block by block, merged on disk and memory-mapped."""
+    faiss, index = load_optional("faiss"), empty_clusters(vectors, seed, similarity)
     trained = str(folder / "trained.faiss")
     faiss.write_index(index, trained)
     blocks = []
@@ -86,12 +101,12 @@ def _clustered_index(vectors: np.ndarray, folder: Path, seed: int) -> faiss.Inde
         block.add_with_ids(np.ascontiguousarray(rows), np.arange(start, start + len(rows)))
         blocks.append(str(folder / f"block-{start}.faiss"))
         faiss.write_index(block, blocks[-1])
-    merge_ondisk(index, blocks, str(folder / "clusters"))
+    load_optional("faiss.contrib.ondisk").merge_ondisk(index, blocks, str(folder / "clusters"))
     for block in blocks:
         Path(block).unlink()
     return index
 
 
 def search_vectors(index: faiss.Index, queries: np.ndarray, k: int) -> np.ndarray:
-    """Rows of the `k` nearest vectors of each query, nearest first: int64 [queries, k], -1 where there are no more."""
+    """Find the rows of the `k` nearest vectors of each query, nearest first: int64 [queries, k], -1 at the end."""
     return index.search(np.ascontiguousarray(queries), k)[1]

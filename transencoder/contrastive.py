@@ -1,0 +1,96 @@
+"""Step 1: two views of every sentence, the head that training puts on top, and drophead."""
+
+import re
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from transencoder.data.tables import SENTENCES
+from transencoder.data.tokens import training_tokens
+from transencoder.encoders import BiEncoder
+from transencoder.errors import InputError
+
+# What the output of a layer's attention heads goes into, in BERT/RoBERTa/XLM-R/DeBERTa, DistilBERT, MPNet, ModernBERT.
+ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
+
+
+class DropoutViews(Dataset):
+    """Step 1, SimCSE: every sentence of the batch twice; dropout makes the two differ."""
+
+    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int):
+        self.tokens = training_tokens(table, SENTENCES, encoder.preprocessor(max_length=max_length))
+        self.lengths = self.tokens.lengths
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        return {"inputs": self.tokens.batch(np.concatenate([indices, indices]))}
+
+
+class MaskedViews(Dataset):
+    """Step 1, Mirror-BERT: every sentence as it is, and with a random span of characters replaced by the mask token.
+
+    Args:
+        table: column sentence.
+        span: length of the masked span, in characters; sentences under `MIN_CHARACTERS` stay whole.
+    Raises:
+        InputError: the tokenizer has no mask token.
+    """
+
+    MIN_CHARACTERS = 30
+
+    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int, span: int, seed: int):
+        self.mask = encoder.tokenizer.mask_token
+        if self.mask is None:
+            raise InputError("--method mirror: the model's tokenizer has no mask token; use --method simcse")
+        self.texts, self.span, self.seed, self.epoch = table["sentence"], span, seed, 0
+        self.preprocessor = encoder.preprocessor(max_length=max_length)
+        self.lengths = training_tokens(table, SENTENCES, self.preprocessor).lengths
+
+    def mask_span(self, text: str, index: int) -> str:
+        """Return `text` with the span masked; which one depends on seed, epoch and row, never on the world size."""
+        if len(text) < self.MIN_CHARACTERS:
+            return text
+        span = min(self.span, len(text))
+        start = np.random.default_rng((self.seed, self.epoch, index)).integers(len(text) - span + 1)
+        return text[:start] + self.mask + text[start + span :]
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        texts = [self.texts[index] for index in indices]
+        masked = [self.mask_span(text, index) for text, index in zip(texts, indices, strict=True)]
+        return {"inputs": self.preprocessor.batch(texts + masked)}
+
+
+class MLPHead(nn.Sequential):
+    """SimCSE's head: dense + tanh, float32."""
+
+    def __init__(self, size: int):
+        super().__init__(nn.Linear(size, size), nn.Tanh())
+
+
+def add_drophead(encoder: BiEncoder, probability: float) -> None:
+    """Drop whole attention heads in training, the rest scaled up (Zhou et al. 2020, as Mirror-BERT uses it).
+
+    Args:
+        encoder: changed in place.
+        probability: of each head of each layer, drawn for every input of the batch.
+    """
+    layers = [module for name, module in encoder.backbone.named_modules() if ATTENTION_OUTPUT.search(name)]
+    if not layers:
+        raise InputError(
+            f"--drophead: the attention layers of a {encoder.backbone.config.model_type} model are not known"
+        )
+    heads = encoder.backbone.config.num_attention_heads
+
+    def drop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if not encoder.training:
+            return None
+        states = inputs[0]  # [n, length, heads * size]
+        keep = (torch.rand(states.shape[0], 1, heads, 1, device=states.device) >= probability).to(states.dtype)
+        scale = heads / keep.sum(2, keepdim=True).clamp(min=1)
+        return ((states.unflatten(-1, (heads, -1)) * keep * scale).flatten(-2), *inputs[1:])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(drop)
