@@ -30,7 +30,7 @@ from transencoder.model_checks import check_cross_encoder, check_language_model
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
-from transencoder.training import Batch, begin, count_pieces, finish, train
+from transencoder.training import Batch, begin, finish, train
 
 
 @one_line_errors
@@ -45,7 +45,7 @@ def main(words: list[str] | None = None) -> None:
     pairs = read_label_pairs(arguments, dev)
     swap = swap_of(arguments.swap, order_matters(arguments))
     examples = training_rows(len(pairs), arguments) * (2 if swap else 1)
-    count_pieces(examples, arguments, accelerator.num_processes)
+    arguments.count_micro_batches(examples, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running", input_files(arguments))
 

@@ -30,7 +30,7 @@ from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
-from transencoder.training import Batch, begin, count_pieces, finish, train
+from transencoder.training import Batch, begin, finish, train
 
 
 @one_line_errors
@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments, dev)
     examples = training_rows(len(pairs), arguments)
-    count_pieces(examples, arguments, accelerator.num_processes)
+    arguments.count_micro_batches(examples, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running", input_files(arguments))
 

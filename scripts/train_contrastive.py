@@ -27,7 +27,7 @@ from transencoder.model_checks import check_language_model
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
-from transencoder.training import begin, count_pieces, finish, train
+from transencoder.training import begin, finish, train
 
 
 @one_line_errors
@@ -39,7 +39,7 @@ def main(words: list[str] | None = None) -> None:
     dev = load_dev(arguments)
     sentences = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
     sentences = sample(sentences, arguments.num_sentences, arguments.seed)
-    count_pieces(len(sentences), arguments, accelerator.num_processes)
+    arguments.count_micro_batches(len(sentences), accelerator.num_processes)
     log(f"{len(sentences)} distinct sentences")
     write_run(arguments, STAGE, "running", input_files(arguments))
 

@@ -1,6 +1,5 @@
 """Tokens -> batches: what each step reads, and the order it reads it in."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from transencoder.config.arguments import TrainingArguments
 from transencoder.data import tokens
 from transencoder.data.tables import PAIRS, SENTENCES, numbers, sides
 from transencoder.data.tokens import swapped, training_tokens, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.errors import InputError
 
 
 class PairInputs(Dataset):
@@ -109,24 +106,3 @@ def make_loader(rows: Dataset, sampler: LengthWindowSampler) -> DataLoader:
     With a generator of its own it draws nothing from torch's, which a resumed run must find as it was.
     """
     return DataLoader(rows, batch_sampler=sampler, collate_fn=lambda batch: batch, generator=torch.Generator())
-
-
-def count_pieces(rows: int, arguments: TrainingArguments, num_processes: int) -> int:
-    """Gradient accumulation steps that the batch size needs.
-
-    Raises:
-        InputError: fewer rows than one batch, or a batch that the processes cannot share equally.
-    """
-    total = arguments.total_batch_size
-    if rows < total:
-        raise InputError(f"{rows} examples are fewer than one batch; lower --total_batch_size (now {total})")
-    if total % num_processes:
-        raise InputError(f"--total_batch_size {total}: not divisible by {num_processes} processes")
-    share = total // num_processes
-    pieces = math.ceil(share / min(arguments.micro_batch_size or share, share))
-    if share % pieces:
-        raise InputError(
-            f"--micro_batch_size {arguments.micro_batch_size}: {share} examples of each process do not split into "
-            f"{pieces} equal parts"
-        )
-    return pieces

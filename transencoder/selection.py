@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy import stats
 
 from transencoder.config.arguments import LabelArguments, TrainingArguments
 from transencoder.data.tables import PAIRS, row_hashes
@@ -68,6 +67,8 @@ def agreement(first: Path, second: Path) -> float:
         raise InputError(f"{second}: not the pairs of {first}, in the same order")
     if any(np.ptp(values) == 0 for values in scores):
         return math.nan
+    from scipy import stats  # imported here: it takes a second, and checking a recipe needs none of it
+
     return float(stats.spearmanr(*scores).statistic)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import get_scheduler
 
-from transencoder.batches import LengthWindowSampler, count_pieces, make_loader
+from transencoder.batches import LengthWindowSampler, make_loader
 from transencoder.config.arguments import TrainingArguments
 from transencoder.config.parsing import parse_stage
 from transencoder.config.stages import STAGES
@@ -165,7 +165,7 @@ class Trainer:
         self.select_by = select_by(arguments)
         self.keep_best = self.select_by in self.sets
         self.checkpoints = Checkpoints(accelerator, arguments.output_dir, arguments.checkpoints_total_limit)
-        self.pieces = count_pieces(len(rows.lengths), arguments, accelerator.num_processes)
+        self.pieces = arguments.count_micro_batches(len(rows.lengths), accelerator.num_processes)
         set_batch(accelerator, arguments.total_batch_size, self.pieces, arguments.max_grad_norm)
         self.sampler = LengthWindowSampler(
             rows.lengths, arguments.total_batch_size, self.pieces, arguments.length_window, arguments.seed

@@ -1,6 +1,5 @@
 """Everything a recipe names, read before any work begins."""
 
-from transencoder.batches import count_pieces
 from transencoder.config.arguments import ScoringArguments
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
@@ -64,7 +63,7 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
             if stage == "distill_bi2cross":
                 rows *= 2 if swap_of(arguments.swap, _ordered(plan)) else 1
-            count_pieces(rows, arguments, 1)
+            arguments.count_micro_batches(rows, 1)
 
 
 def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
