@@ -117,8 +117,8 @@ class ModelArguments:
         choices="transencoder.pooling:POOLINGS",
     )
     prompt_name: list[str] | None = option(
-        "Prompt of a bi-encoder's own configuration; two: of the query or first sentence, and of the passage or second. "
-        "Default: what the model says.",
+        "Prompt of a bi-encoder's own configuration; two: of the query or first sentence, and of the passage or "
+        "second. Default: what the model says.",
         None,
     )
     prompt: list[str] | None = option("The same as text, put before a sentence as it is.", None)

@@ -67,7 +67,7 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
 
 
 def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
-    """How many pairs are to be mined, the options and the sentences being checked."""
+    """Return how many pairs are to be mined, and check the options and the sentences."""
     mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
     first = read_sentence_pool(plan.sentences, plan.data_dir, mining.columns)
     second = read_sentence_pool(plan.sentences_b, plan.data_dir, mining.columns) if plan.sentences_b else first
@@ -75,7 +75,7 @@ def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
 
 
 def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
-    """The options of score_pairs.py as the driver will pass them on, checked."""
+    """Return the options of score_pairs.py as the driver will pass them on, checked."""
     words = _stand_ins("score_pairs", recipe_path, len(plan.students))
     labelling = parse_stage("score_pairs", argv=[*words, *(["--pairs", *plan.pool_words] if plan.pairs else [])])
     check_both_orders(labelling.both_orders, _ordered(plan))
@@ -83,12 +83,12 @@ def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
 
 
 def _ordered(plan: Plan) -> bool:
-    """Whether the given pairs must not be turned round."""
+    """Return whether the given pairs must not be swapped."""
     return is_ordered(plan.pairs or [], plan.extra_pairs)
 
 
 def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
-    """Words for a stage's parser with its required options in place; an encoder for each student."""
+    """Return words for a stage's parser with its required options in place; an encoder for each student."""
     encoders = "--encoders" + " x" * students
     required = {
         "mine_pairs": f"{encoders} --sentences x --output x",

@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def measures(self) -> bool:
-        """Whether there is anything to measure encoders on."""
+        """Return whether there is anything to measure encoders on."""
         return bool(self.tasks or self.dev)
 
     @property
@@ -212,7 +212,7 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
 def resolve_recipe(
     path: str, models: dict[str, list[str]] | None = None, seed: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
-    """A recipe with the driver's own flags worked in.
+    """Return a recipe with the driver's own flags worked in.
 
     Args:
         models: "plm" and "bi_encoder" -> models in place of the recipe's, each [NAME=]MODEL.

@@ -1,4 +1,4 @@
-"""What a finished run amounts to: the table, the plot, and which of its models are the best."""
+"""The summary of a finished run: the table, the plot, and its best models."""
 
 import math
 import shutil
@@ -50,7 +50,7 @@ class Round:
 
 
 def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
-    """Every encoder of a run that was measured (made, where nothing is measured), in the order of making.
+    """Return every encoder of a run that was measured, or made where nothing is measured, in the order of making.
 
     Args:
         so_far: stop at the first cycle that is not through yet.
@@ -81,19 +81,19 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
 
 
 def kinds_of(plan: Plan, cycle: int) -> tuple[str, ...]:
-    """The kinds of encoder that a cycle makes, in order; 0 is the start."""
+    """Return the kinds of encoder that a cycle makes, in order; 0 is the start."""
     return ("cross", "bi") if cycle and plan.alternate else ("bi",)
 
 
 def _are_made(run: Path, cycle: int, plan: Plan) -> bool:
-    """Whether all encoders of a cycle are there and whole."""
+    """Return whether all encoders of a cycle are there and whole."""
     made_here = [student for student in plan.students if cycle or not student.bi_encoder]
     kinds = kinds_of(plan, cycle)
     return all(is_complete(Layout(run).encoder(cycle, kind, student.name)) for kind in kinds for student in made_here)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """What evaluate_encoders.py wrote; raises `InputError` for anything else."""
+    """Read what evaluate_encoders.py wrote; raise `InputError` for anything else."""
     try:
         results = read_json(path)
         if all({"encoders", "kind", "task", "split", "metric", "value"} <= entry.keys() for entry in results):
@@ -119,7 +119,7 @@ def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dic
 
 
 def _ensembles(cycle: int, results: list[dict[str, Any]]) -> list[Round]:
-    """The means of several encoders, where they were measured."""
+    """Return the means of several encoders, where they were measured."""
     several = [entry for entry in results if len(entry["encoders"]) > 1]
     kinds = dict.fromkeys(entry["kind"] for entry in several)
     return [
@@ -138,17 +138,17 @@ def _values(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def tests_of(rounds: list[Round]) -> list[str]:
-    """The titles that are not dev sets."""
+    """Return the titles that are not dev sets."""
     return [name for name in rounds[0].values if not name.endswith(".dev")]
 
 
 def dev_of(rounds: list[Round]) -> str | None:
-    """The title of the dev set."""
+    """Return the title of the dev set."""
     return next((name for name in rounds[0].values if name.endswith(".dev")), None)
 
 
 def summary_table(runs: list[list[Round]]) -> str:
-    """Markdown: a row for each encoder, a column for each set, the mean of the test sets last.
+    """Return Markdown: a row for each encoder, a column for each set, the mean of the test sets last.
 
     Args:
         runs: the rounds of one run, or of several that differ in their seed only: then mean and standard deviation.
@@ -177,7 +177,7 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 
 def best_round(rounds: list[Round], kind: str) -> Round:
-    """The encoder with the best dev score, the start included; without a dev set that of the last cycle."""
+    """Return the encoder with the best dev score, the start included; without a dev set that of the last cycle."""
     dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind and r.path]
     if dev is None:
         return next(r for r in candidates if r.cycle == candidates[-1].cycle)
