@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "distill_bi2cross"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -29,12 +30,12 @@ from transencoder.model_checks import check_cross_encoder, check_language_model
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
-from transencoder.training import Batch, begin, count_pieces, finish, train
+from transencoder.training import Batch, begin, finish, train
 
 
 @one_line_errors
-def main() -> None:
-    arguments, accelerator = begin(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments, accelerator = begin(STAGE, __doc__, words)
 
     if arguments.carry_over:
         check_cross_encoder(arguments.model_name_or_path, "--carry_over")
@@ -44,7 +45,7 @@ def main() -> None:
     pairs = read_label_pairs(arguments, dev)
     swap = swap_of(arguments.swap, order_matters(arguments))
     examples = training_rows(len(pairs), arguments) * (2 if swap else 1)
-    count_pieces(examples, arguments, accelerator.num_processes)
+    arguments.count_micro_batches(examples, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running", input_files(arguments))
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "distill_cross2bi"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from torch import Tensor, nn
 
@@ -29,18 +30,18 @@ from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
 from transencoder.selection import hold_out, training_rows
-from transencoder.training import Batch, begin, count_pieces, finish, train
+from transencoder.training import Batch, begin, finish, train
 
 
 @one_line_errors
-def main() -> None:
-    arguments, accelerator = begin(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments, accelerator = begin(STAGE, __doc__, words)
 
     check_bi_encoder(arguments.model_name_or_path, model_options(arguments))
     dev = load_dev(arguments)
     pairs = read_label_pairs(arguments, dev)
     examples = training_rows(len(pairs), arguments)
-    count_pieces(examples, arguments, accelerator.num_processes)
+    arguments.count_micro_batches(examples, accelerator.num_processes)
     log(f"{len(pairs)} pairs, {examples} examples")
     write_run(arguments, STAGE, "running", input_files(arguments))
 

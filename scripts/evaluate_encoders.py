@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "evaluate_encoders"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 import numpy as np
 
@@ -26,18 +27,19 @@ from transencoder.evaluation import encoder_groups, log_table, markdown_table, o
 from transencoder.inference import Inference
 from transencoder.model_checks import check_encoders, inspect_encoder
 from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import log, start, start_trackers
+from transencoder.run.layout import RESULTS_FILE
+from transencoder.runtime.accelerator import end, log, start, start_trackers
 from transencoder.runtime.files import write_json, write_text
 from transencoder.runtime.records import claim, write_run
 from transencoder.scoring import Teachers
 
 
 @one_line_errors
-def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_stage(STAGE, __doc__, words)
     output = Path(arguments.output_dir)
-    if claim(arguments, STAGE, input_files(arguments), result="results.json"):
-        return log(f"{output / 'results.json'} is complete already")
+    if claim(arguments, STAGE, input_files(arguments), result=RESULTS_FILE):
+        return log(f"{output / RESULTS_FILE} is complete already")
     accelerator = start(arguments)
 
     options = model_options(arguments)
@@ -63,13 +65,13 @@ def main() -> None:
         name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
         accelerator.log({name: entry["value"]})
     if accelerator.is_main_process:
-        write_json(output / "results.json", results)
+        write_json(output / RESULTS_FILE, results)
         text = f"{markdown_table(header, rows)}\n{origin(results)}"
         write_text(output / "results.md", text)
         write_run(arguments, STAGE, "complete", input_files(arguments), world_size=accelerator.num_processes)
         print(text)
-        log(f"{output}: results.json, results.md")
-    accelerator.end_training()
+        log(f"{output}: {RESULTS_FILE}, results.md")
+    end(accelerator)
 
 
 if __name__ == "__main__":

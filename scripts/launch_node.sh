@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On each node of a stage, started by srun_stage.sh: Accelerate's launcher, with a process for each GPU, or one.
+# On each node of a run or a stage, started by srun_stage.sh: Accelerate's launcher, with a process for each GPU, or one.
 set -euo pipefail
 
 trap '' USR1  # meant for the stage; what this shell starts ignores it too, until the stage asks for it

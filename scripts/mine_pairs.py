@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "mine_pairs"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import input_files, read_sentence_pool
@@ -24,15 +25,15 @@ from transencoder.data.scores import check_output, is_made
 from transencoder.errors import one_line_errors
 from transencoder.model_checks import check_bi_encoder
 from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import log, log_next, start
+from transencoder.runtime.accelerator import end, log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.search.mining import mine_to_file
 from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 
 
 @one_line_errors
-def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_stage(STAGE, __doc__, words)
     output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
     sources = parse_mix(arguments.mix)
     check_output(output)
@@ -52,7 +53,7 @@ def main() -> None:
 
     mine_to_file(arguments, sides, accelerator, metadata)
     log_next(f"score_pairs.py --encoders DIR --pairs {shlex.quote(arguments.output)} --output FILE.parquet")
-    accelerator.end_training()
+    end(accelerator)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transencoder.config.parsing import StageParser
 from transencoder.errors import InputError, one_line_errors
 from transencoder.hub.push import Repository, check_target, push, recall, remember, stage_repository
 from transencoder.hub.releases import run_repositories
+from transencoder.run.layout import Layout
 from transencoder.runtime.accelerator import quiet_libraries
 from transencoder.runtime.records import RUN_FILE
 
@@ -30,7 +31,7 @@ def parse() -> tuple[HubTarget, argparse.Namespace]:
 
 
 def repositories_of(folder: Path, target: HubTarget) -> list[Repository]:
-    if (folder / "recipe.yaml").is_file():
+    if Layout(folder).recipe.is_file():
         return run_repositories(folder, target)
     if (folder / RUN_FILE).is_file():
         return [stage_repository(folder, target)]

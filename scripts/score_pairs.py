@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "score_pairs"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import check_both_orders, input_files, is_ordered, read_pool
@@ -23,14 +24,14 @@ from transencoder.inference import Inference
 from transencoder.labels import score_to_file
 from transencoder.model_checks import check_encoders
 from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import log, log_next, start
+from transencoder.runtime.accelerator import end, log, log_next, start
 from transencoder.runtime.records import identity
 from transencoder.scoring import Teachers
 
 
 @one_line_errors
-def main() -> None:
-    arguments = parse_stage(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_stage(STAGE, __doc__, words)
     output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
     metadata |= {"ordered": True} if ordered else {}
@@ -56,7 +57,7 @@ def main() -> None:
     scores = score_to_file(teachers, pairs, output, inference, arguments.shard_rows, metadata)
     log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
     log_next(f"distill_bi2cross.py, or distill_cross2bi.py, --scores {shlex.quote(arguments.output)}")
-    accelerator.end_training()
+    end(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Inside a SLURM job: a stage on all nodes of the job, by one launcher on each. It is the driver's --launcher there.
+# Inside a SLURM job: a run or a stage on all nodes of the job, by one launcher on each. It is the driver's --launcher there.
 #
 #   bash scripts/srun_stage.sh scripts/distill_bi2cross.py --model_name_or_path ...
 set -euo pipefail

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import origin
+from transencoder.run.layout import Layout
 from transencoder.run.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
 from transencoder.runtime.accelerator import log_next
 from transencoder.runtime.files import write_text
@@ -43,12 +44,13 @@ def table_of(runs: list[list[Round]]) -> tuple[str, str, str]:
 def write_summary(run: Path, rounds: list[Round]) -> None:
     table, notes, made = table_of([rounds])
     best = keep_best(run, rounds)
-    written = [f"{run}/results.md", f"{run}/best/"]
+    layout = Layout(run)
+    written = [f"{layout.table}", f"{layout.best('bi').parent}/"]
     if rounds[0].values:
-        plot_progress(run / "progress.png", rounds)
-        written.insert(1, f"{run}/progress.png")
+        plot_progress(layout.plot, rounds)
+        written.insert(1, f"{layout.plot}")
     lines = "\n".join(f"- {line}" for line in best)
-    write_text(run / "results.md", f"# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
+    write_text(layout.table, f"# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
     print(table)
     print("\n".join(best))
     print(f"Written: {', '.join(written)}")

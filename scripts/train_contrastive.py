@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import answer_early
 
 STAGE = "train_contrastive"
-answer_early(STAGE, __doc__)
+if __name__ == "__main__":
+    answer_early(STAGE, __doc__)
 
 from transencoder.contrastive import DropoutViews, MaskedViews, MLPHead, add_drophead
 from transencoder.data.pools import input_files, read_sentence_pool
@@ -26,19 +27,19 @@ from transencoder.model_checks import check_language_model
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import write_run
-from transencoder.training import begin, count_pieces, finish, train
+from transencoder.training import begin, finish, train
 
 
 @one_line_errors
-def main() -> None:
-    arguments, accelerator = begin(STAGE, __doc__)
+def main(words: list[str] | None = None) -> None:
+    arguments, accelerator = begin(STAGE, __doc__, words)
 
     # Everything that can be wrong with the input, before any weights are loaded.
     check_language_model(arguments.model_name_or_path)
     dev = load_dev(arguments)
     sentences = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
     sentences = sample(sentences, arguments.num_sentences, arguments.seed)
-    count_pieces(len(sentences), arguments, accelerator.num_processes)
+    arguments.count_micro_batches(len(sentences), accelerator.num_processes)
     log(f"{len(sentences)} distinct sentences")
     write_run(arguments, STAGE, "running", input_files(arguments))
 

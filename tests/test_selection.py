@@ -15,7 +15,8 @@ from transencoder.config.parsing import parse_stage
 from transencoder.data import tables
 from transencoder.errors import InputError
 from transencoder.lexical import lexical_scores
-from transencoder.selection import agreement, hold_out, select_by, stopped_before, training_rows
+from transencoder.run.completion import stopped_before
+from transencoder.selection import agreement, hold_out, select_by, training_rows
 
 BI = ["--model_name_or_path", "m", "--scores", "s", "--output_dir", "o"]
 
@@ -103,27 +104,25 @@ def test_the_kept_checkpoint_agrees_best_with_the_teacher(tiny_bert, tmp_path):
 # --- the end of the loop ---------------------------------------------------------------------------------------------
 
 
-def test_agreement_is_the_rank_correlation_of_two_files(tmp_path, run_script):
+def test_agreement_is_the_rank_correlation_of_two_files(tmp_path):
     first = write_scores(tmp_path / "a.parquet", [0.1, 0.2, 0.3, 0.4])
     second = write_scores(tmp_path / "b.parquet", [0.0, 0.9, 0.1, 1.0])
     # Ranks 1 2 3 4 and 1 3 2 4: 1 - 6 (0 + 1 + 1 + 0) / (4 (16 - 1)) = 0.8
     assert agreement(first, second) == pytest.approx(0.8)
-    result = run_script("compare_scores.py", first, second)
-    assert float(result.stdout) == pytest.approx(0.8)
     assert np.isnan(agreement(first, write_scores(tmp_path / "c.parquet", [0.5] * 4)))
     pq.write_table(pq.read_table(second), tmp_path / "d.parquet", row_group_size=3)  # in other pieces
     assert agreement(first, tmp_path / "d.parquet") == pytest.approx(0.8)
 
 
-def test_files_that_cannot_be_compared_are_refused(tmp_path, run_script):
+def test_files_that_cannot_be_compared_are_refused(tmp_path):
     first = write_scores(tmp_path / "a.parquet", [0.1, 0.2])
     other = write_scores(tmp_path / "b.parquet", [0.1, 0.2], first=["x", "y"])
     pq.write_table(pa.table({"sentence1": ["a"]}), tmp_path / "else.parquet")
     refusals = [(other, "not the pairs of")]
     refusals += [(tmp_path / f"{name}.parquet", "not a file of scores") for name in ("none", "else")]
     for second, words in refusals:
-        result = run_script("compare_scores.py", first, second)
-        assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+        with pytest.raises(InputError, match=words):
+            agreement(first, second)
 
 
 def test_the_loop_ends_where_the_labels_hardly_change(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # What a storage does to a program, and what a person can do about it. The first come while working (exit code 1), the
 # others are there from the beginning and count as bad input (2).
@@ -58,15 +59,15 @@ def report_and_exit(message: str, code: int = 2, from_all: bool = False) -> None
     sys.exit(code)
 
 
-def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
+def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Turn an `InputError` of a script's `main` into one line and exit code 2, a `BrokenRun` into one and code 1, and
     the error of a full or closed disk or of a lost machine into one of them; other errors keep their traceback.
     """
 
     @functools.wraps(main)
-    def wrapper() -> None:
+    def wrapper(*words: Any) -> None:
         try:
-            main()
+            main(*words)
         except InputError as error:
             report_and_exit(str(error))
         except BrokenRun as error:

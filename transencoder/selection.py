@@ -1,5 +1,5 @@
-"""What is kept, with labels or without: the checkpoint that is best on labelled pairs, or that agrees best with its
-teacher, or the last; and of the cycles those before the labels stop changing.
+"""Which checkpoint is kept, with labels or without: the one that is best on labelled pairs, or that agrees best with
+its teacher, or the last. And how far two files of labels agree.
 """
 
 import math
@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy import stats
 
 from transencoder.config.arguments import LabelArguments, TrainingArguments
 from transencoder.data.tables import PAIRS, row_hashes
@@ -68,6 +67,8 @@ def agreement(first: Path, second: Path) -> float:
         raise InputError(f"{second}: not the pairs of {first}, in the same order")
     if any(np.ptp(values) == 0 for values in scores):
         return math.nan
+    from scipy import stats  # imported here: it takes a second, and checking a recipe needs none of it
+
     return float(stats.spearmanr(*scores).statistic)
 
 
@@ -84,14 +85,3 @@ def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(scores), np.concatenate(pairs)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"{path}: not a file of scores, as score_pairs.py writes them") from error
-
-
-def bi_scores(run: Path, cycle: int) -> Path:
-    """The labels that the driver makes first in a cycle."""
-    return run / f"cycle-{cycle}" / "bi-scores.parquet"
-
-
-def stopped_before(run: Path, cycle: int, stop_at: float | None) -> bool:
-    """Whether the loop ended before `cycle`, because its labels agree with those of the cycle before that much."""
-    files = bi_scores(run, cycle - 1), bi_scores(run, cycle)
-    return stop_at is not None and all(file.is_file() for file in files) and agreement(*files) >= stop_at

@@ -24,10 +24,10 @@ from transencoder.config.stages import STAGES
 from transencoder.data.pools import input_files
 from transencoder.data.tasks import Task
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.errors import BrokenRun, InputError, is_first_process
+from transencoder.errors import BrokenRun, is_first_process
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.hub.push import check_hub, push_stage
-from transencoder.runtime.accelerator import log, log_idle_cores, log_next, progress_bar, start, start_trackers
+from transencoder.runtime.accelerator import end, log, log_idle_cores, log_next, progress_bar, start, start_trackers
 from transencoder.runtime.backends import backend_name, precision, set_batch
 from transencoder.runtime.checkpoints import Checkpoints, check_resumable, remove_checkpoints
 from transencoder.runtime.files import place_model, replacing
@@ -76,28 +76,7 @@ class Progress:
         vars(self).update(state, loss_sum=loss_sum, resumed_at=[*state["resumed_at"], state["step"]])
 
 
-def count_pieces(rows: int, arguments: TrainingArguments, num_processes: int) -> int:
-    """Gradient accumulation steps that the batch size needs.
-
-    Raises:
-        InputError: fewer rows than one batch, or a batch that the processes cannot share equally.
-    """
-    total = arguments.total_batch_size
-    if rows < total:
-        raise InputError(f"{rows} examples are fewer than one batch; lower --total_batch_size (now {total})")
-    if total % num_processes:
-        raise InputError(f"--total_batch_size {total}: not divisible by {num_processes} processes")
-    share = total // num_processes
-    pieces = math.ceil(share / min(arguments.micro_batch_size or share, share))
-    if share % pieces:
-        raise InputError(
-            f"--micro_batch_size {arguments.micro_batch_size}: {share} examples of each process do not split into "
-            f"{pieces} equal parts"
-        )
-    return pieces
-
-
-def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
+def begin(stage: str, description: str | None, words: list[str] | None = None) -> tuple[Any, Accelerator]:
     """Read the arguments of a training stage, check its output folder, and start Accelerate.
 
     Exits with code 0 where the folder already holds the result of this very run.
@@ -105,10 +84,11 @@ def begin(stage: str, description: str | None) -> tuple[Any, Accelerator]:
     Args:
         stage: the script's name without ".py".
         description: the script's docstring, for --help.
+        words: of its command line; the process's own by default.
     Raises:
         InputError: as `parse_stage`, `select_by`, `check_hub`, `claim` and `start` do.
     """
-    arguments = parse_stage(stage, description)
+    arguments = parse_stage(stage, description, words)
     select_by(arguments)
     check_hub(arguments)
     if claim(arguments, stage, input_files(arguments)):
@@ -185,7 +165,7 @@ class Trainer:
         self.select_by = select_by(arguments)
         self.keep_best = self.select_by in self.sets
         self.checkpoints = Checkpoints(accelerator, arguments.output_dir, arguments.checkpoints_total_limit)
-        self.pieces = count_pieces(len(rows.lengths), arguments, accelerator.num_processes)
+        self.pieces = arguments.count_micro_batches(len(rows.lengths), accelerator.num_processes)
         set_batch(accelerator, arguments.total_batch_size, self.pieces, arguments.max_grad_norm)
         self.sampler = LengthWindowSampler(
             rows.lengths, arguments.total_batch_size, self.pieces, arguments.length_window, arguments.seed
@@ -374,7 +354,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             place_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        end(self.accelerator)
 
     def facts(self, examples_per_second: float) -> dict[str, Any]:
         """What happened, for run.json."""

@@ -20,7 +20,9 @@ from transencoder.config.tools import DuplicatesArguments, SearchArguments
 from transencoder.encoders import load_bi_encoder
 from transencoder.errors import InputError, one_line_errors
 from transencoder.model_files import ModelOptions
-from transencoder.run.plan import check_inputs, keep_recipe, load_plan, resolve_recipe, to_shell
+from transencoder.run.checks import check_inputs
+from transencoder.run.plan import keep_recipe, load_plan, resolve_recipe
+from transencoder.run.stages import make_stages
 
 CROSS = ["--model_name_or_path", "bert", "--scores", "s.parquet", "--output_dir", "out"]
 STEP1 = ["--model_name_or_path", "bert", "--sentences", "s.txt", "--output_dir", "out"]
@@ -640,14 +642,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 AWKWARD = 'it\'s "a" $HOME `id` \\ * {x} é\t\nb'
 
 
-def in_bash(plan: str, words: str, before: str = "") -> list[str]:
-    """`words` as bash expands them once it has read `plan` and run `before`."""
-    script = f"set -euo pipefail\n{plan}\n{before}\nprintf '%s\\0' {words}"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, check=True, cwd="/")
-    return result.stdout.decode().split("\0")[:-1]
+def words_of(content: dict) -> dict[str, list[str]]:
+    """Each stage's title and what its words come to, after a shell has read the line that --dry_run prints."""
+    stages = make_stages(load_plan(content, "r.yaml"), Path("run"), Path("r.yaml"))
+    lines = "\n".join(stage.command("launch", Path("scripts")) for stage in stages)
+    shell = f"launch() {{ printf '%s\\0' \"$@\" END; }}\n{lines}"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, check=True, cwd="/")
+    found = [line.split("\0")[:-1] for line in result.stdout.decode().split("END\0")[:-1]]
+    assert [[f"scripts/{stage.script}", *stage.words] for stage in stages] == found
+    return {stage.title: words for stage, words in zip(stages, found, strict=True)}
 
 
-def test_a_plan_arrives_in_bash_as_it_is():
+def test_a_plan_arrives_in_a_shell_as_it_is():
     students = [
         {
             "name": "bert",
@@ -663,32 +669,48 @@ def test_a_plan_arrives_in_bash_as_it_is():
         dev="stsb.dev",
         data_dir="my data",
     )
-    plan = to_shell(load_plan(content, "r.yaml"))
-    assert in_bash(plan, '"$CYCLES"') == ["3"]
-    assert in_bash(plan, '"${NAMES[@]}"') == ["bert", "simcse"]
-    assert in_bash(plan, '"${STEP1_PLMS[@]}"') == [AWKWARD, ""]
-    assert in_bash(plan, '"${CROSS_PLMS[@]}"') == [AWKWARD, "org/bert"]
-    assert in_bash(plan, '"${READY_BI[@]}"') == ["", "org/simcse"]
-    assert in_bash(plan, '"${SENTENCES[@]}"') == ["s.txt"]
-    assert in_bash(plan, '"${PAIRS[@]}"') == ["a b.tsv", AWKWARD, "--data_dir", "my data"]
-    assert in_bash(plan, '"${TASKS[@]}"') == ["stsb.dev", "stsb", f"x={AWKWARD}"]
-    assert in_bash(plan, '"${DATA[@]}"') == ["--data_dir=my data"]
-    assert in_bash(plan, '"${DEV[@]}"') == ["--dev=stsb.dev", "--data_dir=my data"]
-    # The options of a student are words in one string, which the driver evaluates.
-    options = in_bash(plan, '"${options[@]}"', before='eval "options=(${CROSS_OPTIONS[0]})"')
-    assert options == ["--swap", "False", "--columns", "sentence1=" + AWKWARD, "b"]
-    assert in_bash(plan, '"${CROSS_OPTIONS[1]}" "${STEP1_OPTIONS[0]}" "${BI_OPTIONS[0]}"') == ["", "", ""]
+    words = words_of(content)
+    start, begin = "run/contrastive/bert", ["--recipe", "r.yaml"]
+    data, dev = ["--data_dir=my data"], ["--dev=stsb.dev", "--data_dir=my data"]
+    step1 = ["--model_name_or_path", AWKWARD, "--sentences", "s.txt", *dev, "--output_dir", start]
+    assert words["contrastive start of bert"] == ["scripts/train_contrastive.py", *begin, *step1]
+    assert "contrastive start of simcse" not in words
+    tasks = [
+        "--tasks",
+        "stsb.dev",
+        "stsb",
+        f"x={AWKWARD}",
+        *data,
+        "--with_ensembles=True",
+        "--output_dir",
+        "run/start",
+    ]
+    assert words["measure the start"][3:] == ["--encoders", start, "org/simcse", *tasks]
+    pairs = ["--pairs", "a b.tsv", AWKWARD, "--data_dir", "my data", "--drop_duplicates"]
+    labels = "run/cycle-1/bi-scores.parquet"
+    assert words["cycle 1: label with the bi-encoder"][3:] == [
+        *("--encoders", start, "org/simcse"),
+        *pairs,
+        *("--output", labels),
+    ]
+    # A student's own options come last.
+    cross = words["cycle 1: cross-encoder of bert"][3:]
+    assert cross[:6] == [*dev, "--model_name_or_path", AWKWARD, "--scores", labels]
+    assert cross[8:] == ["--swap", "False", "--columns", "sentence1=" + AWKWARD, "b"]
+    other = words["cycle 1: cross-encoder of simcse"][3:]
+    assert other[2:4] == ["--model_name_or_path", "org/bert"] and len(other) == 8
 
 
 def test_a_plan_without_dev_or_data_folder_passes_neither_on():
-    plan = to_shell(load_plan(RECIPE, "r.yaml"))
-    assert in_bash(plan, '"${#DEV[@]}" "${#DATA[@]}" "${TASKS[@]}"') == ["0", "0", "stsb"]
+    words = words_of(RECIPE)
+    assert not any("--dev" in word or "--data_dir" in word for line in words.values() for word in line)
+    assert words["measure the start"][-4:] == ["--tasks", "stsb", "--output_dir", "run/start"]
 
 
 def test_several_students_are_measured_together_too():
     students = [{"name": "a", "plm": "b"}, {"name": "c", "plm": "d"}]
-    for plan, expected in ((RECIPE, []), (plan_with(students=students), ["--with_ensembles=True"])):
-        assert in_bash(to_shell(load_plan(plan, "r.yaml")), '"${ENSEMBLES[@]-}"') == (expected or [""])
+    for content, expected in ((RECIPE, False), (plan_with(students=students), True)):
+        assert ("--with_ensembles=True" in words_of(content)["measure the start"]) == expected
 
 
 def test_the_plan_of_a_run_is_read_from_its_kept_recipe(tmp_path: Path):

@@ -92,8 +92,12 @@ def outlive(lane, run):
     assert lane.wait(second) == 1 and f"process {worker.pid} on " in second.text and AT_WORK in second.text
     assert complain(second, 1) is None
     worker.resume()
+    record = run / "contrastive/one/run.json"
+    while '"complete"' not in record.read_text():
+        assert worker.is_running()
+        time.sleep(0.01)
+    worker.kill()
     psutil.wait_procs([worker], timeout=60)
-    assert '"complete"' in (run / "contrastive/one/run.json").read_text()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The driver, end to end, on a tiny model; resuming; and the README's commands against the scripts' own parsers."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT, make_tokenizer, random_pairs, warm_python, write_jsonl
@@ -18,11 +20,14 @@ DRIVER = ["bash", str(ROOT / "scripts" / "run_transencoder.sh")]
 
 
 def drive(*words):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{warm_python().path}:{environment['PATH']}"
     return subprocess.run(
-        [*DRIVER, *map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900
+        [*DRIVER, *map(str, words)], capture_output=True, text=True, env=drive_environment(), cwd=ROOT, timeout=900
     )
+
+
+def drive_environment():
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return environment | {"PATH": f"{warm_python().path}:{environment['PATH']}"}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,70 @@ def test_the_driver_runs_resumes_and_refuses_another_recipe(recipe, second_bert,
     # Another recipe must not write there; the same one with other flags is another one.
     other = drive(*words, "--seed", 3)
     assert other.returncode == 2 and "common.seed" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+LAUNCHERS = {
+    1: "python",
+    2: f"accelerate launch --config_file {ROOT / 'accelerate_configs' / 'multi_gpu.yaml'} --num_processes 2 "
+    "--num_cpu_threads_per_process 1 --main_process_port 0",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", LAUNCHERS)
+def test_one_launch_makes_the_bits_that_the_printed_commands_make(recipe, tmp_path, processes):
+    """Every stage there is, with dropout, a dev set and a student's own seeds; in one process group, and by hand."""
+    content = yaml.safe_load(recipe.read_text())
+    del content["run_transencoder"]["pairs"], content["run_transencoder"]["stop_at"]
+    content["run_transencoder"].update(students=content["run_transencoder"]["students"][:1], cycles=1, paper={})
+    content["mine_pairs"], content["score_pairs"] = {"num_pairs": 60, "mix": ["nearest:1-5=1", "random=1"]}, {}
+    content["distill_bi2cross"] = {**content["distill_bi2cross"], "seed": 5}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    words = ["--recipe", path, "--launcher", LAUNCHERS[processes], "--output_dir"]
+    result = drive(*words, tmp_path / "run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    commands = drive(*words, tmp_path / "by-hand", "--dry_run").stdout.splitlines()
+    assert len(commands) == 8
+    for command in commands:
+        subprocess.run(["bash", "-c", command], check=True, env=drive_environment(), cwd=ROOT, capture_output=True)
+    sums = [checksums(tmp_path / name) for name in ("run", "by-hand")]
+    assert len(sums[0]) == 6 and sums[0] == sums[1]
+    for name in ("contrastive/one", "cycle-1/cross-encoder/one", "cycle-1/bi-encoder/one", "cycle-1"):
+        facts = [json.loads((tmp_path / run / name / "run.json").read_text()) for run in ("run", "by-hand")]
+        assert facts[0]["world_size"] == facts[1]["world_size"] == processes
+        assert facts[0].get("history") == facts[1].get("history")
+    scores = pq.read_schema(tmp_path / "run/cycle-1/bi-scores.parquet").metadata
+    assert any(f'"world_size": {processes}'.encode() in value for value in scores.values())
+
+
+def checksums(run):
+    """Of all weights, and of the rows of all tables."""
+    found = {}
+    for path in run.glob("c*/**/*"):
+        if path.suffix in (".safetensors", ".parquet"):
+            table = path.suffix == ".parquet"
+            content = repr(pq.read_table(path).to_pydict()).encode() if table else path.read_bytes()
+            found[str(path.relative_to(run))] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+@pytest.mark.slow
+def test_under_fsdp_each_stage_has_its_own_launch(recipe, tmp_path):
+    without = dict(tasks=None, dev=None, paper={}, stop_at=None, cycles=1)
+    content = yaml.safe_load(changed(recipe, tmp_path / "tiny.yaml", **without).read_text())
+    content["run_transencoder"]["students"] = content["run_transencoder"]["students"][:1]
+    content["score_pairs"] = {}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    launcher = LAUNCHERS[2].replace("multi_gpu", "fsdp")
+    run = tmp_path / "run"
+    result = drive("--recipe", tmp_path / "tiny.yaml", "--output_dir", run, "--launcher", launcher)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("has a launch of its own: FSDP and DeepSpeed are set up once in a process") == 4
+    assert "[5/5] cycle 1: bi-encoder of one: " in result.stderr
+    facts = json.loads((run / "cycle-1/bi-encoder/one/run.json").read_text())
+    assert (facts["engine"], facts["world_size"]) == ("fsdp", 2)
+    assert not list(run.glob(".outcome*"))
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ from transencoder.hub.push import recall, stage_repository
 from transencoder.inference import Inference
 from transencoder.model_checks import check_encoders, check_language_model
 from transencoder.model_files import ModelOptions
-from transencoder.run.plan import load_plan, to_shell
+from transencoder.run.plan import load_plan
+from transencoder.run.stages import Stage, make_stages
 from transencoder.run.summary import read_results
 from transencoder.runtime.accelerator import quiet_libraries
 from transencoder.runtime.records import claim
@@ -347,7 +348,7 @@ SCRIPTS: dict[str, list[str]] = {
     ],
     "plan_run.py": ["--recipe", "{odd}", "--output_dir", "{out}"],
     "summarize_run.py": ["{odd}"],
-    "compare_scores.py": ["{odd}", "{odd}"],
+    "run_stages.py": ["{odd}"],
     "push_to_hub.py": ["{odd}", "--hub_model_id", "org/name"],
     "export_onnx.py": ["{odd}", "{out}"],
 }
@@ -434,12 +435,12 @@ NEARLY_GOOD = st.builds(
 GOOD_PLAN = {"students": [{"name": "bert", "plm": "x"}], "tasks": ["stsb"], "pairs": ["x"], "sentences": ["x"]}
 
 
-def use_recipe(path: str) -> str:
-    """All that the driver does with a recipe before it looks at files: the shell assignments."""
-    shell = to_shell(load_plan(read_recipe(path), path))
+def use_recipe(path: str) -> list[Stage]:
+    """All that the driver does with a recipe before it looks at files: the stages."""
+    stages = make_stages(load_plan(read_recipe(path), path), Path("run"), Path(path))
     for stage in STAGES:
         parse_stage(stage, argv=as_options({**REQUIRED[stage], "recipe": path}))
-    return shell
+    return stages
 
 
 REQUIRED = {

@@ -1,6 +1,7 @@
 """The README's way from a file of sentences to models in use, command by command, with a tiny model."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -70,3 +71,16 @@ def test_from_sentences_to_a_search_and_a_list_of_duplicates(tiny_bert, tmp_path
     run([*duplicates, "--threshold", "0", "--neighbours", "5"])
     with (tmp_path / "d.csv").open(newline="") as stream:
         assert set(next(csv.DictReader(stream))) == {"cluster", "size", "score", "sentence"}
+
+
+@pytest.mark.slow
+def test_one_cycle_by_hand(tiny_bert, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PATH"] = f"{warm_python().path}:{environment['PATH']}"
+    words = ["bash", ROOT / "examples/steps.sh", tiny_bert, tmp_path / "run", "--max_steps", "2"]
+    words += ["--mixed_precision", "no"]
+    result = subprocess.run(list(map(str, words)), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    entries = json.loads((tmp_path / "run/results/results.json").read_text())
+    names = [f"{tmp_path}/run/{name}" for name in ("start", "cross-encoder", "bi-encoder")]
+    assert {entry["encoders"][0] for entry in entries} == set(names)

@@ -156,7 +156,8 @@ def import_all() -> None:
 
     import transencoder.hub.push
     import transencoder.hub.releases
-    import transencoder.run.plan
+    import transencoder.run.checks
+    import transencoder.run.runner
     import transencoder.run.summary
     import transencoder.search.mining
     import transencoder.training  # noqa: F401

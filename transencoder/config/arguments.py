@@ -72,6 +72,26 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
         None,
     )
 
+    def count_micro_batches(self, rows: int, num_processes: int) -> int:
+        """Return how many micro-batches of each process make a batch: the gradient accumulation steps.
+
+        Raises:
+            InputError: fewer rows than one batch, or a batch that the processes cannot share equally.
+        """
+        total = self.total_batch_size
+        if rows < total:
+            raise InputError(f"{rows} examples are fewer than one batch; lower --total_batch_size (now {total})")
+        if total % num_processes:
+            raise InputError(f"--total_batch_size {total}: not divisible by {num_processes} processes")
+        share = total // num_processes
+        count = math.ceil(share / min(self.micro_batch_size or share, share))
+        if share % count:
+            raise InputError(
+                f"--micro_batch_size {self.micro_batch_size}: {share} examples of each process do not split into "
+                f"{count} equal parts"
+            )
+        return count
+
 
 @dataclass
 class ContrastiveArguments(TrainingArguments):

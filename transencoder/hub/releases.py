@@ -17,6 +17,7 @@ from transencoder.errors import InputError
 from transencoder.hub.card import CardFacts
 from transencoder.hub.push import Repository, Version, check_target
 from transencoder.model_files import Kind
+from transencoder.run.layout import Layout, encoder_place
 from transencoder.run.plan import Plan, Student, load_plan
 from transencoder.run.summary import Round, best_round, collect_rounds, dev_of, summary_table
 
@@ -47,8 +48,9 @@ def run_repositories(run: Path, target: HubTarget) -> list[Repository]:
     Raises:
         InputError: not a run of the driver.
     """
-    recipe = read_recipe(str(run / "recipe.yaml"))
-    plan = load_plan(recipe, str(run / "recipe.yaml"))
+    path = str(Layout(run).recipe)
+    recipe = read_recipe(path)
+    plan = load_plan(recipe, path)
     rounds = collect_rounds(run, so_far=True)
     note = selection_note(rounds) + transductive_note(run, plan, recipe) if rounds else ""
     repositories = []
@@ -73,10 +75,11 @@ def _repository(
     base = student.cross_encoder_plm or student.plm if kind == "cross" else student.bi_encoder or student.plm
     start = next(r for r in rounds if r.cycle == 0 and r.student == student.name)
     best = best_round(own, kind)
-    plot = run / "progress.png"
+    layout = Layout(run)
+    plot = layout.plot
     command = (
-        f"hf download {name} recipe.yaml --local-dir .\n"
-        f"bash scripts/run_transencoder.sh --recipe recipe.yaml --output_dir runs/{run.name}"
+        f"hf download {name} {layout.recipe.name} --local-dir .\n"
+        f"bash scripts/run_transencoder.sh --recipe {layout.recipe.name} --output_dir runs/{run.name}"
     )
 
     def version(this: Round) -> Version:
@@ -94,7 +97,7 @@ def _repository(
             plot=plot.is_file(),
             published=published_names(plan, target),
         )
-        files = [run / "recipe.yaml", *([plot] if plot.is_file() else [])]
+        files = [layout.recipe, *([plot] if plot.is_file() else [])]
         return Version(facts, this.step, f"cycle-{this.cycle}", files)
 
     return Repository(name, kind, [version(r) for r in own], version(best))
@@ -105,10 +108,10 @@ def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
     names = {}
     for student in plan.students:
         bi, cross = (repository_id(target, plan, student.name, kind) for kind in KINDS)
-        names[f"contrastive/{student.name}"] = f"`{bi}` at tag `cycle-0`"
+        names[encoder_place(0, "bi", student.name)] = f"`{bi}` at tag `cycle-0`"
         for cycle in range(1, plan.cycles + 1):
-            names[f"cycle-{cycle}/bi-encoder/{student.name}"] = f"`{bi}` at tag `cycle-{cycle}`"
-            names[f"cycle-{cycle}/cross-encoder/{student.name}"] = f"`{cross}` at tag `cycle-{cycle}`"
+            names[encoder_place(cycle, "bi", student.name)] = f"`{bi}` at tag `cycle-{cycle}`"
+            names[encoder_place(cycle, "cross", student.name)] = f"`{cross}` at tag `cycle-{cycle}`"
     return names
 
 
@@ -134,7 +137,7 @@ def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
     if not plan.tasks:
         return ""
     columns = {**recipe.get("common", {}), **recipe.get("evaluate_encoders", {})}.get("columns")
-    scores = run / "cycle-1" / "bi-scores.parquet"
+    scores = Layout(run).scores(1, "bi")
     try:
         pool = set(_pairs(read_pairs([str(scores)])))
         tests = [load_task(spec, plan.data_dir, columns) for spec in expand_groups(plan.tasks)]

@@ -1,33 +1,25 @@
 """What the driver reads from a recipe: which models, which data, how many cycles."""
 
 import dataclasses
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from transencoder.config.arguments import ScoringArguments
 from transencoder.config.options import StageArguments
-from transencoder.config.parsing import check_numbers, parse_stage
+from transencoder.config.parsing import check_numbers
 from transencoder.config.recipes import DRIVER, as_options, check_options, read_recipe
-from transencoder.config.stages import STAGES
 from transencoder.data.paper import check_setting
-from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
-from transencoder.data.tasks import PLAIN_NAME, Task, expand_groups, load_task, parse_spec, title
+from transencoder.data.tasks import PLAIN_NAME, expand_groups, parse_spec, title
 from transencoder.errors import InputError, storage_error
-from transencoder.model_checks import check_bi_encoder, check_language_model
-from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import trackers
+from transencoder.run.layout import Layout
 from transencoder.runtime.files import write_text
 from transencoder.runtime.records import difference
-from transencoder.search.mix import Sides, parse_mix, wanted_pairs
-from transencoder.selection import select_by, training_rows
-from transencoder.training import count_pieces
 
 ENSEMBLE = "ensemble"  # what tables call the mean of the students
 LISTS = ("pairs", "tasks", "sentences", "sentences_b", "extra_pairs")  # a single name will do, too
+MOST_CYCLES = 1000
 TRAINING_STAGES = ("train_contrastive", "distill_bi2cross", "distill_cross2bi")
 
 
@@ -93,13 +85,19 @@ class Plan:
 
     @property
     def measures(self) -> bool:
-        """Whether there is anything to measure encoders on."""
+        """Return whether there is anything to measure encoders on."""
         return bool(self.tasks or self.dev)
 
     @property
     def step1_sentences(self) -> list[str]:
-        """Those of both sides."""
+        """Return the sentences of both sides."""
         return (self.sentences or []) + (self.sentences_b or [])
+
+    @property
+    def pool_words(self) -> list[str]:
+        """Return the pairs and the options that go with them, as command-line words; none where pairs are mined."""
+        names = ("data_dir", "num_training_pairs", "extra_pairs", "num_extra_pairs")
+        return self.pairs + as_options({name: getattr(self, name) for name in names}) if self.pairs else []
 
 
 def load_plan(recipe: dict[str, Any], where: str) -> Plan:
@@ -151,8 +149,8 @@ def _check_kinds(plan: Plan, where: str) -> None:
             raise InputError(f"{where}: {DRIVER}.{name} must be true or false")
     if not isinstance(plan.paper, dict):
         raise InputError(f"{where}: {DRIVER}.paper must name a setting of the paper for each student")
-    if type(plan.cycles) is not int or plan.cycles < 1:
-        raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1")
+    if type(plan.cycles) is not int or not 1 <= plan.cycles <= MOST_CYCLES:
+        raise InputError(f"{where}: {DRIVER}.cycles must be a whole number from 1 to {MOST_CYCLES}")
     if plan.stop_at is not None and not (type(plan.stop_at) in (int, float) and 0 < plan.stop_at <= 1):
         raise InputError(f"{where}: {DRIVER}.stop_at must be a number above 0, at most 1")
 
@@ -211,101 +209,10 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     return kind(**values)
 
 
-def check_inputs(plan: Plan, recipe_path: str) -> None:
-    """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
-    labelling = _labelling(plan, recipe_path)
-    columns, options = labelling.columns, model_options(labelling)
-    for student in plan.students:
-        check_language_model(student.cross_encoder_plm or student.plm)
-        if student.bi_encoder:
-            check_bi_encoder(student.bi_encoder, options)
-        else:
-            check_language_model(student.plm)
-    pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)
-    sentences = 0
-    if any(not student.bi_encoder for student in plan.students):
-        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, columns))
-    tasks = [load_task(spec, plan.data_dir, columns) for spec in plan.tasks]
-    _check_apart(load_task(plan.dev, plan.data_dir, columns) if plan.dev else None, tasks, recipe_path)
-    for student in plan.students:
-        _check_options(student, plan, recipe_path, sentences, pairs)
-
-
-def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
-    """Refuse a dev set that is a test set under another name: checkpoints chosen on it cannot be measured on it."""
-    same = [task.title for task in tasks if dev is not None and task.sha256 == dev.sha256]
-    if same:
-        raise InputError(
-            f"--recipe {recipe_path}: the dev set {dev.title} and the task {same[0]} are the same labelled pairs; "
-            "choose checkpoints on others, or leave dev out"
-        )
-
-
-def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:
-    """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
-    for stage in STAGES:
-        words = _stand_ins(stage, recipe_path, len(plan.students)) + as_options(getattr(student, stage, {}))
-        arguments = parse_stage(
-            stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
-        )
-        trackers(getattr(arguments, "report_to", "none"))
-        if getattr(arguments, "carry_over", False):
-            raise InputError(f"--recipe {recipe_path}: carry_over: set {DRIVER}.student_start: carry_over instead")
-        if getattr(arguments, "push_to_hub", False):
-            raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
-        if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
-            select_by(arguments)
-            rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
-            rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
-            if stage == "distill_bi2cross":
-                rows *= 2 if swap_of(arguments.swap, _ordered(plan)) else 1
-            count_pieces(rows, arguments, 1)
-
-
-def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
-    """How many pairs are to be mined, the options and the sentences being checked."""
-    mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
-    first = read_sentence_pool(plan.sentences, plan.data_dir, mining.columns)
-    second = read_sentence_pool(plan.sentences_b, plan.data_dir, mining.columns) if plan.sentences_b else first
-    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, Sides(first, second)))
-
-
-def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
-    """The options of score_pairs.py as the driver will pass them on, checked."""
-    words = _stand_ins("score_pairs", recipe_path, len(plan.students))
-    labelling = parse_stage("score_pairs", argv=[*words, *(["--pairs", *_pool_words(plan)] if plan.pairs else [])])
-    check_both_orders(labelling.both_orders, _ordered(plan))
-    return labelling
-
-
-def _ordered(plan: Plan) -> bool:
-    """Whether the given pairs must not be turned round."""
-    return is_ordered(plan.pairs or [], plan.extra_pairs)
-
-
-def _pool_words(plan: Plan) -> list[str]:
-    """The pairs, and the options that go with them; nothing where they are mined."""
-    names = ("data_dir", "num_training_pairs", "extra_pairs", "num_extra_pairs")
-    return plan.pairs + as_options({name: getattr(plan, name) for name in names}) if plan.pairs else []
-
-
-def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
-    """Words for a stage's parser with its required options in place; an encoder for each student."""
-    encoders = "--encoders" + " x" * students
-    required = {
-        "mine_pairs": f"{encoders} --sentences x --output x",
-        "score_pairs": f"{encoders} --pairs x --output x",
-        "evaluate_encoders": f"{encoders} --tasks x --output_dir x",
-        "train_contrastive": "--model_name_or_path x --sentences x --output_dir x",
-    }
-    words = required.get(stage, "--model_name_or_path x --scores x --output_dir x")
-    return ["--recipe", recipe_path, *words.split()]
-
-
 def resolve_recipe(
     path: str, models: dict[str, list[str]] | None = None, seed: int | None = None, data_dir: str | None = None
 ) -> dict[str, Any]:
-    """A recipe with the driver's own flags worked in.
+    """Return a recipe with the driver's own flags worked in.
 
     Args:
         models: "plm" and "bi_encoder" -> models in place of the recipe's, each [NAME=]MODEL.
@@ -342,7 +249,7 @@ def keep_recipe(recipe: dict[str, Any], folder: Path) -> None:
     Raises:
         InputError: the folder is another recipe's (but for the number of cycles and where to stop, which may change).
     """
-    path = folder / "recipe.yaml"
+    path = Layout(folder).recipe
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: not a folder")
     if path.exists():
@@ -365,40 +272,3 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     for name in ("cycles", "stop_at"):
         values.pop(f"{DRIVER}.{name}", None)
     return values
-
-
-def to_shell(plan: Plan) -> str:
-    """The plan as bash assignments: arrays with one element for each student, options as quoted words."""
-
-    def array(name: str, words: list[str]) -> str:
-        return f"{name}=({' '.join(map(shlex.quote, words))})"
-
-    def options(stage: str) -> list[str]:
-        return [shlex.join(as_options(getattr(student, stage))) for student in plan.students]
-
-    dev = [f"--dev={plan.dev}"] if plan.dev else []
-    data = [f"--data_dir={plan.data_dir}"] if plan.data_dir else []
-    sides = as_options({"sentences": plan.sentences, "sentences_b": plan.sentences_b})
-    return "\n".join(
-        [
-            f"CYCLES={plan.cycles}",
-            f"STOP_AT={plan.stop_at or ''}",
-            f"CARRY_OVER={1 if plan.student_start == 'carry_over' else ''}",
-            f"ALTERNATE={1 if plan.alternate else ''}",
-            array("NAMES", [student.name for student in plan.students]),
-            array("STEP1_PLMS", [student.plm or "" for student in plan.students]),
-            array("CROSS_PLMS", [student.cross_encoder_plm or student.plm for student in plan.students]),
-            array("READY_BI", [student.bi_encoder or "" for student in plan.students]),
-            array("STEP1_OPTIONS", options("train_contrastive")),
-            array("CROSS_OPTIONS", options("distill_bi2cross")),
-            array("BI_OPTIONS", options("distill_cross2bi")),
-            f"REMINE={1 if plan.remine else ''}",
-            array("SENTENCES", plan.step1_sentences),
-            array("SIDES", sides),
-            array("PAIRS", _pool_words(plan)),
-            array("TASKS", ([plan.dev] if plan.dev else []) + plan.tasks),
-            array("DATA", data),
-            array("DEV", dev + data),
-            array("ENSEMBLES", ["--with_ensembles=True"] if len(plan.students) > 1 else []),
-        ]
-    )

@@ -1,4 +1,4 @@
-"""What a finished run amounts to: the table, the plot, and which of its models are the best."""
+"""The summary of a finished run: the table, the plot, and its best models."""
 
 import math
 import shutil
@@ -13,11 +13,11 @@ from transencoder.data.paper import row_of
 from transencoder.data.tasks import title
 from transencoder.errors import InputError
 from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
+from transencoder.run.completion import is_complete, stopped_before
+from transencoder.run.layout import Layout, encoder_place
 from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
 from transencoder.runtime.files import read_json, replacing
 from transencoder.runtime.optional import load_optional
-from transencoder.runtime.records import RUN_FILE
-from transencoder.selection import stopped_before
 
 
 @dataclass
@@ -50,26 +50,26 @@ class Round:
 
 
 def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
-    """Every encoder of a run that was measured (made, where nothing is measured), in the order of making.
+    """Return every encoder of a run that was measured, or made where nothing is measured, in the order of making.
 
     Args:
         so_far: stop at the first cycle that is not through yet.
     Raises:
         InputError: without `so_far`, such a cycle.
     """
-    plan = load_plan(read_recipe(str(run / "recipe.yaml")), str(run / "recipe.yaml"))
+    layout = Layout(run)
+    plan = load_plan(read_recipe(str(layout.recipe)), str(layout.recipe))
     rounds: list[Round] = []
     for cycle in range(plan.cycles + 1):
-        folder = run / f"cycle-{cycle}" if cycle else run / "start"
         if stopped_before(run, cycle, plan.stop_at):
             break
-        through = (folder / "results.json").is_file() if plan.measures else _are_made(run, cycle, plan)
+        through = layout.results(cycle).is_file() if plan.measures else _are_made(run, cycle, plan)
         if not through:
             if so_far:
                 break
-            what = "no results.json" if plan.measures else "not all of its models"
-            raise InputError(f"{folder}: {what}; run_transencoder.sh has not finished there")
-        results = read_results(folder / "results.json") if plan.measures else []
+            what = f"no {layout.results(cycle).name}" if plan.measures else "not all of its models"
+            raise InputError(f"{layout.cycle(cycle)}: {what}; run_transencoder.sh has not finished there")
+        results = read_results(layout.results(cycle)) if plan.measures else []
         for kind in kinds_of(plan, cycle):
             for student in plan.students:
                 rounds.append(_round(run, cycle, kind, student, results))
@@ -81,27 +81,19 @@ def collect_rounds(run: Path, so_far: bool = False) -> list[Round]:
 
 
 def kinds_of(plan: Plan, cycle: int) -> tuple[str, ...]:
-    """The kinds of encoder that a cycle makes, in order; 0 is the start."""
+    """Return the kinds of encoder that a cycle makes, in order; 0 is the start."""
     return ("cross", "bi") if cycle and plan.alternate else ("bi",)
 
 
-def _place(cycle: int, kind: str, student: Student) -> str:
-    """Where in a run's folder the driver puts an encoder."""
-    return f"cycle-{cycle}/{kind}-encoder/{student.name}" if cycle else f"contrastive/{student.name}"
-
-
 def _are_made(run: Path, cycle: int, plan: Plan) -> bool:
-    """Whether all encoders of a cycle are there and whole."""
+    """Return whether all encoders of a cycle are there and whole."""
     made_here = [student for student in plan.students if cycle or not student.bi_encoder]
-    folders = [run / _place(cycle, kind, student) for kind in kinds_of(plan, cycle) for student in made_here]
-    return all(
-        (folder / RUN_FILE).is_file() and read_json(folder / RUN_FILE).get("status") == "complete"
-        for folder in folders
-    )
+    kinds = kinds_of(plan, cycle)
+    return all(is_complete(Layout(run).encoder(cycle, kind, student.name)) for kind in kinds for student in made_here)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """What evaluate_encoders.py wrote; raises `InputError` for anything else."""
+    """Read what evaluate_encoders.py wrote; raise `InputError` for anything else."""
     try:
         results = read_json(path)
         if all({"encoders", "kind", "task", "split", "metric", "value"} <= entry.keys() for entry in results):
@@ -115,7 +107,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
     """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
-    inside = _place(cycle, kind, student)
+    inside = encoder_place(cycle, kind, student.name)
     ready = student.bi_encoder if not cycle else None
     own = [
         entry
@@ -127,7 +119,7 @@ def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dic
 
 
 def _ensembles(cycle: int, results: list[dict[str, Any]]) -> list[Round]:
-    """The means of several encoders, where they were measured."""
+    """Return the means of several encoders, where they were measured."""
     several = [entry for entry in results if len(entry["encoders"]) > 1]
     kinds = dict.fromkeys(entry["kind"] for entry in several)
     return [
@@ -146,17 +138,17 @@ def _values(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def tests_of(rounds: list[Round]) -> list[str]:
-    """The titles that are not dev sets."""
+    """Return the titles that are not dev sets."""
     return [name for name in rounds[0].values if not name.endswith(".dev")]
 
 
 def dev_of(rounds: list[Round]) -> str | None:
-    """The title of the dev set."""
+    """Return the title of the dev set."""
     return next((name for name in rounds[0].values if name.endswith(".dev")), None)
 
 
 def summary_table(runs: list[list[Round]]) -> str:
-    """Markdown: a row for each encoder, a column for each set, the mean of the test sets last.
+    """Return Markdown: a row for each encoder, a column for each set, the mean of the test sets last.
 
     Args:
         runs: the rounds of one run, or of several that differ in their seed only: then mean and standard deviation.
@@ -185,7 +177,7 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 
 def best_round(rounds: list[Round], kind: str) -> Round:
-    """The encoder with the best dev score, the start included; without a dev set that of the last cycle."""
+    """Return the encoder with the best dev score, the start included; without a dev set that of the last cycle."""
     dev, candidates = dev_of(rounds), [r for r in rounds if r.kind == kind and r.path]
     if dev is None:
         return next(r for r in candidates if r.cycle == candidates[-1].cycle)
@@ -197,12 +189,12 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
     lines, dev = [], dev_of(rounds)
     for kind in sorted({r.kind for r in rounds if r.path}):
         best = best_round(rounds, kind)
-        target = run / "best" / f"{kind}-encoder"
+        target = Layout(run).best(kind)
         if Path(best.path).is_dir():
             with replacing(target) as temporary:
                 shutil.copytree(best.path, temporary)
             why = f"{dev} {best.values[dev]:.2f}" if dev else "the last cycle's"
-            lines.append(f"`best/{kind}-encoder` is {best.step} of {best.student} ({why}).")
+            lines.append(f"`{target.relative_to(run)}` is {best.step} of {best.student} ({why}).")
         else:
             lines.append(f"The best {kind}-encoder is the start itself, {best.path} from the Hub: no copy was made.")
     return lines

@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from torch.distributed import DistError
 from tqdm.auto import tqdm
 
@@ -30,6 +30,7 @@ from transencoder.runtime.speed import keep_few_primitives
 PROJECT = "trans-encoder"
 DRIVER_VARIABLE = "TRANSENCODER_RUN"  # run_transencoder.sh sets it for its stages
 TRACKERS = ("tensorboard", "wandb", "trackio")
+_group_is_shared = False
 
 
 def start(arguments: StageArguments) -> Accelerator:
@@ -55,11 +56,34 @@ def start(arguments: StageArguments) -> Accelerator:
             kwargs_handlers=process_group(),
         )
     except DistError as error:
-        reason = str(error).partition("\n")[0]
-        raise BrokenRun(f"the processes of this run do not reach one another, or one has ended: {reason}") from error
+        raise _unreachable(error) from error
     set_up_backend(accelerator, precision)
     set_seed(arguments.seed)
     return accelerator
+
+
+def share_process_group() -> PartialState:
+    """Connect the processes for several stages, none of which then ends the process group."""
+    global _group_is_shared
+    _group_is_shared = True
+    options = {name: value for handler in process_group() for name, value in handler.to_kwargs().items()}
+    try:
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)  # as Accelerator does
+    except DistError as error:
+        raise _unreachable(error) from error
+
+
+def end(accelerator: Accelerator) -> None:
+    """Close a stage's trackers, and the process group where it is the stage's own."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if not _group_is_shared:
+        accelerator.state.destroy_process_group()
+
+
+def _unreachable(error: DistError) -> BrokenRun:
+    reason = str(error).partition("\n")[0]
+    return BrokenRun(f"the processes of this run do not reach one another, or one has ended: {reason}")
 
 
 def progress_bar(accelerator: Accelerator, total: int, title: str, done: int = 0) -> tqdm:
@@ -74,12 +98,16 @@ def log(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-@cache
 def log_idle_cores(accelerator: Accelerator) -> None:
     """Say once, when the work begins, that cores have nothing to do. (Bad input gets no line but its own.)"""
     if idle := idle_cores(accelerator):
-        cores = idle + 1
-        log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
+        _log_idle_cores(idle)
+
+
+@cache
+def _log_idle_cores(idle: int) -> None:
+    cores = idle + 1
+    log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
 
 
 def log_next(command: str) -> None:

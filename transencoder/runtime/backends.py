@@ -53,6 +53,11 @@ def process_group() -> list[InitProcessGroupKwargs]:
     return [InitProcessGroupKwargs(backend="gloo", timeout=timeout())]
 
 
+def is_set_up_once() -> bool:
+    """Return whether the launcher chose FSDP or DeepSpeed, which a process can set up only once."""
+    return _is_set("ACCELERATE_USE_FSDP") or _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
 def accelerate_precision(precision: str) -> str:
     """Return what `Accelerator(mixed_precision=...)` gets: "no" under DeepSpeed, where `autocast` takes its place."""
     return "no" if _is_set("ACCELERATE_USE_DEEPSPEED") else precision

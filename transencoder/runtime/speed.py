@@ -3,12 +3,14 @@
 import ctypes
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # its import takes seconds
+    from transformers import PreTrainedModel
 
 # Where a layer's attention ends and what follows treats each token by itself, by model_type. None for models that add
 # the attention's input once more behind it (ModernBERT), which would need it at the first token only, too.
@@ -23,7 +25,7 @@ PRIMITIVES = {"no": 8, "bf16": 24}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def read_first_token_only(backbone: PreTrainedModel) -> None:
+def read_first_token_only(backbone: "PreTrainedModel") -> None:
     """Let the last layer compute its first token only, where that is all that is read of it.
 
     Keys and values still come from all tokens. What follows the attention, three quarters of a layer's work, is

@@ -1,0 +1,100 @@
+"""Everything a recipe names, read before any work begins."""
+
+from transencoder.config.arguments import ScoringArguments
+from transencoder.config.parsing import parse_stage
+from transencoder.config.recipes import DRIVER, as_options
+from transencoder.config.stages import STAGES
+from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
+from transencoder.data.tasks import Task, load_task
+from transencoder.errors import InputError
+from transencoder.model_checks import check_bi_encoder, check_language_model
+from transencoder.model_files import model_options
+from transencoder.run.plan import TRAINING_STAGES, Plan, Student
+from transencoder.runtime.accelerator import trackers
+from transencoder.search.mix import Sides, parse_mix, wanted_pairs
+from transencoder.selection import select_by, training_rows
+
+
+def check_inputs(plan: Plan, recipe_path: str) -> None:
+    """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
+    labelling = _labelling(plan, recipe_path)
+    columns, options = labelling.columns, model_options(labelling)
+    for student in plan.students:
+        check_language_model(student.cross_encoder_plm or student.plm)
+        if student.bi_encoder:
+            check_bi_encoder(student.bi_encoder, options)
+        else:
+            check_language_model(student.plm)
+    pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)
+    sentences = 0
+    if any(not student.bi_encoder for student in plan.students):
+        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, columns))
+    tasks = [load_task(spec, plan.data_dir, columns) for spec in plan.tasks]
+    _check_apart(load_task(plan.dev, plan.data_dir, columns) if plan.dev else None, tasks, recipe_path)
+    for student in plan.students:
+        _check_options(student, plan, recipe_path, sentences, pairs)
+
+
+def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
+    """Refuse a dev set that is a test set under another name: checkpoints chosen on it cannot be measured on it."""
+    same = [task.title for task in tasks if dev is not None and task.sha256 == dev.sha256]
+    if same:
+        raise InputError(
+            f"--recipe {recipe_path}: the dev set {dev.title} and the task {same[0]} are the same labelled pairs; "
+            "choose checkpoints on others, or leave dev out"
+        )
+
+
+def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:
+    """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
+    for stage in STAGES:
+        words = _stand_ins(stage, recipe_path, len(plan.students)) + as_options(getattr(student, stage, {}))
+        arguments = parse_stage(
+            stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
+        )
+        trackers(getattr(arguments, "report_to", "none"))
+        if getattr(arguments, "carry_over", False):
+            raise InputError(f"--recipe {recipe_path}: carry_over: set {DRIVER}.student_start: carry_over instead")
+        if getattr(arguments, "push_to_hub", False):
+            raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
+        if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
+            select_by(arguments)
+            rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
+            rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
+            if stage == "distill_bi2cross":
+                rows *= 2 if swap_of(arguments.swap, _ordered(plan)) else 1
+            arguments.count_micro_batches(rows, 1)
+
+
+def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
+    """Return how many pairs are to be mined, and check the options and the sentences."""
+    mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
+    first = read_sentence_pool(plan.sentences, plan.data_dir, mining.columns)
+    second = read_sentence_pool(plan.sentences_b, plan.data_dir, mining.columns) if plan.sentences_b else first
+    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, Sides(first, second)))
+
+
+def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
+    """Return the options of score_pairs.py as the driver will pass them on, checked."""
+    words = _stand_ins("score_pairs", recipe_path, len(plan.students))
+    labelling = parse_stage("score_pairs", argv=[*words, *(["--pairs", *plan.pool_words] if plan.pairs else [])])
+    check_both_orders(labelling.both_orders, _ordered(plan))
+    return labelling
+
+
+def _ordered(plan: Plan) -> bool:
+    """Return whether the given pairs must not be swapped."""
+    return is_ordered(plan.pairs or [], plan.extra_pairs)
+
+
+def _stand_ins(stage: str, recipe_path: str, students: int) -> list[str]:
+    """Return words for a stage's parser with its required options in place; an encoder for each student."""
+    encoders = "--encoders" + " x" * students
+    required = {
+        "mine_pairs": f"{encoders} --sentences x --output x",
+        "score_pairs": f"{encoders} --pairs x --output x",
+        "evaluate_encoders": f"{encoders} --tasks x --output_dir x",
+        "train_contrastive": "--model_name_or_path x --sentences x --output_dir x",
+    }
+    words = required.get(stage, "--model_name_or_path x --scores x --output_dir x")
+    return ["--recipe", recipe_path, *words.split()]

@@ -1,0 +1,76 @@
+"""Every path inside a run's folder, spelled here and nowhere else.
+
+recipe.yaml plan.jsonl                               what is run
+contrastive/STUDENT/                                 step 1
+start/results.json                                   what the start measures
+cycle-N/pairs.parquet                                mined pairs
+cycle-N/{bi,cross}-scores.parquet                    labels
+cycle-N/{cross,bi}-encoder/STUDENT/                  steps 2 and 3
+cycle-N/results.json                                 what the cycle measures
+best/{bi,cross}-encoder/ results.md progress.png     the summary
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS_FILE = "results.json"  # of a folder that evaluate_encoders.py fills
+
+
+def encoder_place(cycle: int, kind: str, student: str) -> str:
+    """Return an encoder's folder relative to the run's; cycle 0 is the start. `kind` is "bi" or "cross"."""
+    return f"cycle-{cycle}/{kind}-encoder/{student}" if cycle else f"contrastive/{student}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths inside the folder `run`."""
+
+    run: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Return the resolved recipe; with it a folder is a run."""
+        return self.run / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """Return the list of stages, one JSON line each."""
+        return self.run / "plan.jsonl"
+
+    @property
+    def table(self) -> Path:
+        """Return the summary's table."""
+        return self.run / "results.md"
+
+    @property
+    def plot(self) -> Path:
+        """Return the summary's plot."""
+        return self.run / "progress.png"
+
+    def cycle(self, cycle: int) -> Path:
+        """Return a cycle's folder; 0 is the start."""
+        return self.run / (f"cycle-{cycle}" if cycle else "start")
+
+    def encoder(self, cycle: int, kind: str, student: str) -> Path:
+        """Return the folder of an encoder that a cycle, or step 1 (cycle 0), makes."""
+        return self.run / encoder_place(cycle, kind, student)
+
+    def pairs(self, cycle: int) -> Path:
+        """Return the pairs that a cycle mines."""
+        return self.cycle(cycle) / "pairs.parquet"
+
+    def scores(self, cycle: int, kind: str) -> Path:
+        """Return the labels that the encoders of a kind make in a cycle."""
+        return self.cycle(cycle) / f"{kind}-scores.parquet"
+
+    def results(self, cycle: int) -> Path:
+        """Return what a cycle's encoders measure."""
+        return self.cycle(cycle) / RESULTS_FILE
+
+    def best(self, kind: str) -> Path:
+        """Return the folder of the best encoder of a kind."""
+        return self.run / "best" / f"{kind}-encoder"
+
+    def outcome(self, student: str | None) -> Path:
+        """Return where run_stages.py tells the driver what to do next, and students one another that they failed."""
+        return self.run / (f".outcome-{student}" if student else ".outcome")
