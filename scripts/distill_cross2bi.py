@@ -16,46 +16,39 @@ STAGE = "distill_cross2bi"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from transencoder.batches import SentencePairs
-from transencoder.data.pools import input_files
-from transencoder.data.tasks import load_dev
 from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
-from transencoder.labels import pseudo_labels, read_label_pairs
+from transencoder.hub import push
+from transencoder.labels import StudentPairs
 from transencoder.losses import BI_LOSSES
 from transencoder.model_checks import check_bi_encoder
-from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import log
-from transencoder.runtime.records import write_run
-from transencoder.selection import hold_out, training_rows
-from transencoder.training import Batch, begin, finish, train
+from transencoder.stage import TrainingStage
 
 
 @one_line_errors
 def main(words: list[str] | None = None) -> None:
-    arguments, accelerator = begin(STAGE, __doc__, words)
+    stage = TrainingStage(STAGE, __doc__, words, push)
+    arguments = stage.arguments
 
-    check_bi_encoder(arguments.model_name_or_path, model_options(arguments))
-    dev = load_dev(arguments)
-    pairs = read_label_pairs(arguments, dev)
-    examples = training_rows(len(pairs), arguments)
-    arguments.count_micro_batches(examples, accelerator.num_processes)
-    log(f"{len(pairs)} pairs, {examples} examples")
-    write_run(arguments, STAGE, "running", input_files(arguments))
+    check_bi_encoder(arguments.model_name_or_path, stage.options)
+    pairs = StudentPairs(arguments, stage.dev)
+    stage.begin(pairs.to_train_on, f"{len(pairs)} pairs, {pairs.to_train_on} examples")
 
-    labels, held_out = hold_out(pseudo_labels(arguments, pairs, accelerator), arguments)
-    encoder = load_bi_encoder(arguments.model_name_or_path, model_options(arguments), arguments.dropout)
+    labels, held_out = pairs.labels(stage.inference)
+    encoder = load_bi_encoder(arguments.model_name_or_path, stage.options, arguments.dropout)
     encoder.compare_by_cosine()
     rows = SentencePairs(labels, encoder, arguments.max_length)
 
-    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         first, second = model(**batch["inputs"]).chunk(2)
         return BI_LOSSES[arguments.loss].function(first, second, batch["scores"])
 
-    facts = train(accelerator, encoder, rows, loss_of, arguments, dev, held_out)
-    finish(accelerator, arguments, STAGE, facts)
+    stage.train(encoder, rows, loss_of, held_out)
 
 
 if __name__ == "__main__":

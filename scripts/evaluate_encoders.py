@@ -16,62 +16,33 @@ STAGE = "evaluate_encoders"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
-import numpy as np
-
-from transencoder.config.parsing import parse_stage
 from transencoder.data.paper import check_setting
-from transencoder.data.pools import input_files
-from transencoder.data.tasks import expand_groups, load_task
+from transencoder.data.tasks import load_tasks
 from transencoder.errors import one_line_errors
-from transencoder.evaluation import encoder_groups, log_table, markdown_table, origin, result_entries, result_rows
-from transencoder.inference import Inference
-from transencoder.model_checks import check_encoders, inspect_encoder
-from transencoder.model_files import model_options
-from transencoder.run.layout import RESULTS_FILE
-from transencoder.runtime.accelerator import end, log, start, start_trackers
-from transencoder.runtime.files import write_json, write_text
-from transencoder.runtime.records import claim, write_run
+from transencoder.evaluation import measure_encoders, write_results
+from transencoder.model_checks import check_encoders
 from transencoder.scoring import Teachers
+from transencoder.stage import EvaluationStage
 
 
 @one_line_errors
 def main(words: list[str] | None = None) -> None:
-    arguments = parse_stage(STAGE, __doc__, words)
-    output = Path(arguments.output_dir)
-    if claim(arguments, STAGE, input_files(arguments), result=RESULTS_FILE):
-        return log(f"{output / RESULTS_FILE} is complete already")
-    accelerator = start(arguments)
+    stage = EvaluationStage(STAGE, __doc__, words)
+    arguments = stage.arguments
+    stage.start()
 
-    options = model_options(arguments)
-    check_encoders(arguments.encoders, options)
+    check_encoders(arguments.encoders, stage.options)
     if arguments.paper:
         check_setting(arguments.paper, "--paper")
-    tasks = [load_task(spec, arguments.data_dir, arguments.columns) for spec in expand_groups(arguments.tasks)]
-    write_run(arguments, STAGE, "running", input_files(arguments))
+    tasks = load_tasks(arguments.tasks, arguments.data_dir, arguments.columns)
+    stage.begin()
 
     sets = [task.pairs for task in tasks]
-    inference = Inference(accelerator, arguments.eval_batch_tokens)
-    scores = [Teachers([name], options=options).score(sets, inference) for name in arguments.encoders]
-    kinds = [inspect_encoder(name) for name in arguments.encoders]
-    results = []
-    for group in encoder_groups(kinds, arguments.ensemble, arguments.with_ensembles):
-        for place, task in enumerate(tasks):
-            mean = np.mean([scores[encoder][place] for encoder in group], axis=0)
-            results += result_entries([arguments.encoders[encoder] for encoder in group], task, mean)
-    header, rows = result_rows(results, arguments.paper)
-    start_trackers(accelerator, arguments)
-    log_table(accelerator, "results", header, rows)
-    for entry in results:
-        name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
-        accelerator.log({name: entry["value"]})
-    if accelerator.is_main_process:
-        write_json(output / RESULTS_FILE, results)
-        text = f"{markdown_table(header, rows)}\n{origin(results)}"
-        write_text(output / "results.md", text)
-        write_run(arguments, STAGE, "complete", input_files(arguments), world_size=accelerator.num_processes)
-        print(text)
-        log(f"{output}: {RESULTS_FILE}, results.md")
-    end(accelerator)
+    scores = [Teachers([name], options=stage.options).score(sets, stage.inference) for name in arguments.encoders]
+    results = measure_encoders(arguments, tasks, scores)
+    stage.start_trackers()
+    write_results(results, arguments.paper, stage.output, stage.accelerator)
+    stage.finish()
 
 
 if __name__ == "__main__":

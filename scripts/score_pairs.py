@@ -4,7 +4,6 @@
 accelerate launch scripts/score_pairs.py --encoders runs/bert/contrastive --pairs pairs.tsv --output bi-scores.parquet
 """
 
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,48 +15,37 @@ STAGE = "score_pairs"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
-from transencoder.config.parsing import parse_stage
-from transencoder.data.pools import check_both_orders, input_files, is_ordered, read_pool
-from transencoder.data.scores import check_output, is_made
+from transencoder.data.pools import check_both_orders, is_ordered, read_pool
 from transencoder.errors import one_line_errors
-from transencoder.inference import Inference
 from transencoder.labels import score_to_file
 from transencoder.model_checks import check_encoders
-from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import end, log, log_next, start
-from transencoder.runtime.records import identity
 from transencoder.scoring import Teachers
+from transencoder.stage import FileStage
 
 
 @one_line_errors
 def main(words: list[str] | None = None) -> None:
-    arguments = parse_stage(STAGE, __doc__, words)
-    output, metadata = Path(arguments.output), identity(arguments, input_files(arguments))
+    stage = FileStage(STAGE, __doc__, words)
+    arguments = stage.arguments
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
-    metadata |= {"ordered": True} if ordered else {}
     check_both_orders(arguments.both_orders, ordered)
-    check_output(output)
-    if not arguments.overwrite and is_made(output, metadata):
-        return log(f"{output} is complete already")
-    accelerator = start(arguments)
+    stage.start("scores", **({"ordered": True} if ordered else {}))
 
-    options = model_options(arguments)
-    check_encoders(arguments.encoders, options)
+    check_encoders(arguments.encoders, stage.options)
     pairs = read_pool(arguments, arguments.drop_duplicates)
-    log(f"{len(pairs)} pairs")
+    stage.log(f"{len(pairs)} pairs")
 
     teachers = Teachers(
         arguments.encoders,
         arguments.teacher_weights,
-        options,
+        stage.options,
         arguments.both_orders,
         arguments.lexical_weight,
     )
-    inference = Inference(accelerator, arguments.eval_batch_tokens)
-    scores = score_to_file(teachers, pairs, output, inference, arguments.shard_rows, metadata)
-    log(f"{output}: {len(scores)} scores from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}")
-    log_next(f"distill_bi2cross.py, or distill_cross2bi.py, --scores {shlex.quote(arguments.output)}")
-    end(accelerator)
+    scores = score_to_file(teachers, pairs, stage.output, stage.inference, arguments.shard_rows, stage.metadata)
+    bounds = f"from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}"
+    stage.log(f"{stage.output}: {len(scores)} scores {bounds}")
+    stage.finish()
 
 
 if __name__ == "__main__":

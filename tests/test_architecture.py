@@ -38,28 +38,13 @@ def room_of(parts: tuple[str, ...]) -> str:
     return parts[1] if len(parts) > 2 or parts[1].startswith("errors") else ""
 
 
-def marked(known: dict[str, str], names: list) -> list:
-    """`names` as parameters; those with a known fault must fail until it is mended."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=known[str(name)]))
-        if str(name) in known
-        else name
-        for name in names
-    ]
-
-
-WRONG = {
-    "transencoder/training.py": "pushes what it trained: imports hub.push",
-}
-
-
-@pytest.mark.parametrize("path", marked(WRONG, FILES), ids=str)
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_run_one_way(path):
     own = RANK[room_of(path.with_suffix("").parts)]
     wrong = [module for module, _ in imports(path) if RANK[room_of(tuple(module.split(".")))] > own]
     assert not wrong
 
 
-@pytest.mark.parametrize("stage", marked({stage: "imports more than nine names" for stage in STAGES}, STAGES))
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_script_imports_at_most_nine_names(stage):
     assert sum(names for _, names in imports(Path("scripts") / f"{stage}.py")) <= 9

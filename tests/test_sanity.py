@@ -28,12 +28,13 @@ from transencoder.evaluation import origin, result_entries
 from transencoder.inference import Inference
 from transencoder.labels import check_no_labels, read_label_pairs
 from transencoder.model_files import ModelOptions
-from transencoder.run.plan import check_inputs, load_plan
+from transencoder.run.checks import check_inputs
+from transencoder.run.plan import load_plan
 from transencoder.runtime import records
 from transencoder.runtime.records import code_version
 from transencoder.sanity import LossWatch, broken_weights, check_scores
 from transencoder.scoring import Teachers
-from transencoder.training import train
+from transencoder.training import Trainer
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ class Training:
         self.rows = Remembering(sentences, self.encoder, self.encoder.max_length)
 
     def run(self, loss_of):
-        return train(self.accelerator, self.encoder, self.rows, loss_of, self.arguments, None)
+        return Trainer(self.accelerator, self.encoder, self.rows, loss_of, self.arguments, None).run()
 
     def loss(self, model, batch):
         first, second = model(**batch["inputs"]).chunk(2)

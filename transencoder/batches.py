@@ -12,6 +12,7 @@ from transencoder.data import tokens
 from transencoder.data.tables import PAIRS, SENTENCES, numbers, sides
 from transencoder.data.tokens import swapped, training_tokens, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder
+from transencoder.losses import bce_targets
 
 
 class PairInputs(Dataset):
@@ -20,13 +21,22 @@ class PairInputs(Dataset):
     Args:
         table: columns sentence1, sentence2 and score.
         max_length: most tokens of a pair.
+        rescale, negatives: what becomes of the scores before they are targets, as of `bce_targets`.
     """
 
-    def __init__(self, table: datasets.Dataset, encoder: CrossEncoder, max_length: int, swap: bool):
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        encoder: CrossEncoder,
+        max_length: int,
+        swap: bool,
+        rescale: str = "none",
+        negatives: str = "shift",
+    ):
         if swap:
             table = datasets.concatenate_datasets([table, swapped(table)])
         self.tokens = training_tokens(table, PAIRS, encoder.preprocessor(max_length=max_length))
-        self.scores = numbers(table, "score", np.float32)
+        self.scores = bce_targets(numbers(table, "score", np.float32), rescale, negatives)
         self.lengths = self.tokens.lengths
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:

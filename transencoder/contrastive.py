@@ -9,13 +9,41 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from transencoder.data.tables import SENTENCES
+from transencoder.config.arguments import ContrastiveArguments
+from transencoder.data.pools import read_sentence_pool
+from transencoder.data.tables import SENTENCES, sample
 from transencoder.data.tokens import training_tokens
-from transencoder.encoders import BiEncoder
+from transencoder.encoders import BiEncoder, load_bi_encoder
 from transencoder.errors import InputError
+from transencoder.model_files import ModelOptions
 
 # What the output of a layer's attention heads goes into, in BERT/RoBERTa/XLM-R/DeBERTa, DistilBERT, MPNet, ModernBERT.
 ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
+
+
+def read_sentences(arguments: ContrastiveArguments) -> datasets.Dataset:
+    """Read the distinct sentences to train on, a sample of them if so asked."""
+    sentences = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
+    return sample(sentences, arguments.num_sentences, arguments.seed)
+
+
+def load_start(arguments: ContrastiveArguments, options: ModelOptions) -> BiEncoder:
+    """Load the language model with the pooling, head and drophead that step 1 trains it with."""
+    # Drophead takes the place of dropout (Mirror-BERT, section 3).
+    dropout = 0.0 if arguments.drophead and arguments.dropout is None else arguments.dropout
+    encoder = load_bi_encoder(arguments.model_name_or_path, options, dropout)
+    if arguments.mlp_head:
+        encoder.head = MLPHead(encoder.width)
+    if arguments.drophead:
+        add_drophead(encoder, arguments.drophead)
+    return encoder
+
+
+def views_of(sentences: datasets.Dataset, encoder: BiEncoder, arguments: ContrastiveArguments) -> Dataset:
+    """Return two views of every sentence, as the method makes them."""
+    if arguments.method == "mirror":
+        return MaskedViews(sentences, encoder, arguments.max_length, arguments.mask_characters, arguments.seed)
+    return DropoutViews(sentences, encoder, arguments.max_length)
 
 
 class DropoutViews(Dataset):

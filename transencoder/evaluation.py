@@ -3,6 +3,7 @@
 import importlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,11 +13,14 @@ from accelerate import Accelerator
 from scipy import stats
 from torch import nn
 
+from transencoder.config.arguments import EvaluationArguments
 from transencoder.data.paper import published_values, row_of
 from transencoder.data.tasks import Task, title
 from transencoder.inference import Inference
 from transencoder.model_checks import inspect_encoder
-from transencoder.runtime.records import code_version
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.files import write_json, write_text
+from transencoder.runtime.records import RESULTS_FILE, code_version
 from transencoder.sanity import check_scores
 from transencoder.scoring import PreparedPairs
 
@@ -147,6 +151,42 @@ def encoder_groups(kinds: list[str], ensemble: bool, with_ensembles: bool) -> li
         if len(group) > 1 and group not in groups:
             groups.append(group)
     return groups
+
+
+def measure_encoders(
+    arguments: EvaluationArguments, tasks: list[Task], scores: list[list[np.ndarray]]
+) -> list[dict[str, Any]]:
+    """Return the entries of results.json for all encoders, or for their ensembles.
+
+    Args:
+        scores: of each encoder for each task, float [pairs].
+    """
+    names, results = arguments.encoders, []
+    kinds = [inspect_encoder(name) for name in names]
+    for group in encoder_groups(kinds, arguments.ensemble, arguments.with_ensembles):
+        for place, task in enumerate(tasks):
+            mean = np.mean([scores[encoder][place] for encoder in group], axis=0)
+            results += result_entries([names[encoder] for encoder in group], task, mean)
+    return results
+
+
+def write_results(results: list[dict[str, Any]], paper: str | None, folder: Path, accelerator: Accelerator) -> None:
+    """Give the results to the trackers, and write results.json and results.md from the first process.
+
+    Args:
+        paper: as of `result_rows`.
+    """
+    header, rows = result_rows(results, paper)
+    log_table(accelerator, "results", header, rows)
+    for entry in results:
+        name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
+        accelerator.log({name: entry["value"]})
+    if accelerator.is_main_process:
+        text = f"{markdown_table(header, rows)}\n{origin(results)}"
+        write_json(folder / RESULTS_FILE, results)
+        write_text(folder / "results.md", text)
+        print(text)
+        log(f"{folder}: {RESULTS_FILE}, results.md")
 
 
 def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[dict[str, Any]]:

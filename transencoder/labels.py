@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from transencoder.config.arguments import LabelArguments
-from transencoder.data.pools import input_files, is_ordered, read_pool
+from transencoder.data.pools import input_files, is_ordered, read_pool, swap_of
 from transencoder.data.scores import is_made, read_metadata, write_scores
 from transencoder.data.tables import PAIRS, numbers, read_pairs
 from transencoder.data.tasks import Task
@@ -23,9 +23,53 @@ from transencoder.runtime.records import HUB_COMMITS, code_version, identity
 from transencoder.runtime.shards import Shards
 from transencoder.runtime.waiting import wait_long
 from transencoder.scoring import Teachers
+from transencoder.selection import hold_out, training_rows
 
 # Pairs that a file of scores shares with a labelled set, and correlation on them, from which it holds its labels.
 SHARED_PAIRS, SAME_SCORES = 10, 0.999
+
+
+class StudentPairs:
+    """The pairs that a student learns from: read and checked now, scored by its teachers only by `labels`.
+
+    Args:
+        arguments: with --scores, or --teachers and --pairs.
+        dev: the set that the checkpoint is chosen on, whose labels must not be the scores.
+    Raises:
+        InputError: as `read_label_pairs`.
+    """
+
+    def __init__(self, arguments: LabelArguments, dev: Task | None):
+        self.arguments, self.pairs = arguments, read_label_pairs(arguments, dev)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def to_train_on(self) -> int:
+        """How many pairs are left once some are held out."""
+        return training_rows(len(self.pairs), self.arguments)
+
+    @property
+    def swap(self) -> bool:
+        """Whether a cross-encoder trains on both orders of a pair."""
+        return swap_of(self.arguments.swap, order_matters(self.arguments))
+
+    def labels(self, inference: Inference) -> tuple[datasets.Dataset, Task | None]:
+        """Return the pairs with the column `score`, and those that are held out.
+
+        Teachers' scores are kept as teacher-scores.parquet in the output folder; the teachers are gone at the return.
+        """
+        arguments, labelled = self.arguments, self.pairs
+        if not arguments.scores:
+            path = Path(arguments.output_dir) / "teacher-scores.parquet"
+            metadata = identity(arguments, input_files(arguments))
+            if arguments.overwrite or not is_made(path, metadata):
+                teachers = Teachers(arguments.teachers, arguments.teacher_weights, model_options(arguments))
+                score_to_file(teachers, self.pairs, path, inference, arguments.shard_rows, metadata)
+            labelled = read_pairs([str(path)], "score")
+        set_seed(arguments.seed)  # teachers may have drawn numbers, and a new head is random
+        return hold_out(labelled, arguments)
 
 
 def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> datasets.Dataset:
@@ -56,22 +100,6 @@ def order_matters(arguments: LabelArguments) -> bool:
         return is_ordered(arguments.pairs, arguments.extra_pairs)
     path = Path(arguments.scores)
     return path.suffix == ".parquet" and path.is_file() and bool((read_metadata(path) or {}).get("ordered"))
-
-
-def pseudo_labels(arguments: LabelArguments, pairs: datasets.Dataset, accelerator: Accelerator) -> datasets.Dataset:
-    """Return `pairs` with the column `score`, which --teachers give them first where there is none.
-
-    Teachers' scores are kept as teacher-scores.parquet in the output folder; the teachers are gone at the return.
-    """
-    if arguments.scores:
-        return pairs
-    path = Path(arguments.output_dir) / "teacher-scores.parquet"
-    metadata = identity(arguments, input_files(arguments))
-    if arguments.overwrite or not is_made(path, metadata):
-        teachers = Teachers(arguments.teachers, arguments.teacher_weights, model_options(arguments))
-        inference = Inference(accelerator, arguments.eval_batch_tokens)
-        score_to_file(teachers, pairs, path, inference, arguments.shard_rows, metadata)
-    return read_pairs([str(path)], "score")
 
 
 def score_to_file(

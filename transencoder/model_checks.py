@@ -220,6 +220,18 @@ def check_language_model(name: str) -> None:
     load_tokenizer(name)
 
 
+def check_cross_encoder_start(name: str, carry_over: bool) -> None:
+    """Refuse, before any weights are loaded, what step 2 cannot start from.
+
+    Args:
+        carry_over: whether a cross-encoder is trained on, in place of a fresh language model.
+    """
+    if carry_over:
+        check_cross_encoder(name, "--carry_over")
+    else:
+        check_language_model(name)
+
+
 def check_cross_encoder(name: str, flag: str, options: ModelOptions = NO_OPTIONS) -> None:
     """Refuse, before any weights are loaded, what is not a cross-encoder. `flag`: what asks for one."""
     if inspect_encoder(name) != "cross":

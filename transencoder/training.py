@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,20 +17,14 @@ from transformers import get_scheduler
 
 from transencoder.batches import LengthWindowSampler, make_loader
 from transencoder.config.arguments import TrainingArguments
-from transencoder.config.parsing import parse_stage
-from transencoder.config.stages import STAGES
-from transencoder.data.pools import input_files
 from transencoder.data.tasks import Task
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.errors import BrokenRun, is_first_process
+from transencoder.errors import BrokenRun
 from transencoder.evaluation import DevSet, shown_value
-from transencoder.hub.push import check_hub, push_stage
-from transencoder.runtime.accelerator import end, log, log_idle_cores, log_next, progress_bar, start, start_trackers
+from transencoder.runtime.accelerator import end, log, log_idle_cores, progress_bar, start_trackers
 from transencoder.runtime.backends import backend_name, precision, set_batch
-from transencoder.runtime.checkpoints import Checkpoints, check_resumable, remove_checkpoints
+from transencoder.runtime.checkpoints import Checkpoints
 from transencoder.runtime.files import place_model, replacing
-from transencoder.runtime.locks import lock
-from transencoder.runtime.records import claim, write_run
 from transencoder.runtime.signals import StopSignal, stop_here
 from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_cpu_dropout
 from transencoder.sanity import LossWatch, broken_weights
@@ -76,75 +68,15 @@ class Progress:
         vars(self).update(state, loss_sum=loss_sum, resumed_at=[*state["resumed_at"], state["step"]])
 
 
-def begin(stage: str, description: str | None, words: list[str] | None = None) -> tuple[Any, Accelerator]:
-    """Read the arguments of a training stage, check its output folder, and start Accelerate.
-
-    Exits with code 0 where the folder already holds the result of this very run.
-
-    Args:
-        stage: the script's name without ".py".
-        description: the script's docstring, for --help.
-        words: of its command line; the process's own by default.
-    Raises:
-        InputError: as `parse_stage`, `select_by`, `check_hub`, `claim` and `start` do.
-    """
-    arguments = parse_stage(stage, description, words)
-    select_by(arguments)
-    check_hub(arguments)
-    if claim(arguments, stage, input_files(arguments)):
-        log(f"{arguments.output_dir} is complete already")
-        if is_first_process():
-            remove_checkpoints(arguments.output_dir)  # a kill may have come in between
-            push_stage(arguments)
-        sys.exit(0)
-    accelerator = start(arguments)
-    if arguments.overwrite and accelerator.is_main_process:
-        if Path(arguments.output_dir).exists():
-            lock(Path(arguments.output_dir))
-        remove_checkpoints(arguments.output_dir)
-    accelerator.wait_for_everyone()
-    check_resumable(arguments.output_dir, accelerator)
-    return arguments, accelerator
-
-
-def finish(accelerator: Accelerator, arguments: TrainingArguments, stage: str, facts: dict[str, Any]) -> None:
-    """Mark a training stage's output folder as complete, say what is in it, and push it where that was asked for."""
-    if accelerator.is_main_process:
-        write_run(arguments, stage, "complete", input_files(arguments), **facts)
-        remove_checkpoints(arguments.output_dir)
-    kept = f"step {facts['kept_step']} of {facts['steps']}"
-    by = next((name for name in ("dev", "agreement") if name in facts), None)
-    score = f", {by} {facts[f'{by}_metric']} {facts[by]:.2f}" if by else ""
-    log(f"{arguments.output_dir}: {kept}{score}, {facts['examples_per_second']} examples/s")
-    log_next(STAGES[stage].next.format(shlex.quote(arguments.output_dir)))
-    if accelerator.is_main_process:
-        push_stage(arguments)
-
-
-def train(
-    accelerator: Accelerator,
-    encoder: BiEncoder | CrossEncoder,
-    rows: Dataset,
-    loss_of: LossFunction,
-    arguments: TrainingArguments,
-    dev: Task | None,
-    held_out: Task | None = None,
-) -> dict[str, Any]:
-    """Train `encoder` and leave the kept checkpoint in `arguments.output_dir`.
+class Trainer:
+    """A training run, which leaves the kept checkpoint in `arguments.output_dir`.
 
     Args:
         rows: gives whole batches by `__getitems__`, and has `lengths`.
         loss_of: the model as Accelerate prepared it, and a batch -> mean loss over this process's part of the batch.
         dev: labelled pairs, measured at every evaluation.
         held_out: pairs with the teacher's scores, the same; what chooses the checkpoint is `arguments.select_by`.
-    Returns:
-        What happened, for run.json: steps, kept step, its dev score, the history, examples per second.
     """
-    return Trainer(accelerator, encoder, rows, loss_of, arguments, dev, held_out).run()
-
-
-class Trainer:
-    """The state of one training run. Arguments as in `train`."""
 
     def __init__(
         self,
@@ -189,7 +121,11 @@ class Trainer:
         accelerator.register_for_checkpointing(self.progress)
 
     def run(self) -> dict[str, Any]:
-        """All epochs, from the newest checkpoint on if there is one, and the kept model into the output folder."""
+        """Train all epochs, from the newest checkpoint on if there is one, and place the kept model.
+
+        Returns:
+            What happened, for run.json: steps, kept step, its dev score, the history, examples per second.
+        """
         self.checkpoints.load_newest()
         log_idle_cores(self.accelerator)
         self.bar = progress_bar(self.accelerator, self.total_steps, "Training", self.progress.step)

@@ -18,7 +18,7 @@ class Stage:
 
     Args:
         arguments: the class of its options.
-        next: for training stages, the commands that take the model; {} stands for its folder.
+        next: the commands that take what it makes; {} stands for that.
         card: for training stages, how the model was trained; {loss} and others stand for the choice's `card`.
     """
 
@@ -34,8 +34,8 @@ STAGES = {
         "a language model was tuned so that two views of a sentence are close, and other sentences far (contrastive "
         "learning with InfoNCE).",
     ),
-    "mine_pairs": Stage(MiningArguments),
-    "score_pairs": Stage(ScoringArguments),
+    "mine_pairs": Stage(MiningArguments, "score_pairs.py --encoders DIR --pairs {} --output FILE.parquet"),
+    "score_pairs": Stage(ScoringArguments, "distill_bi2cross.py, or distill_cross2bi.py, --scores {}"),
     "distill_bi2cross": Stage(
         Bi2CrossArguments,
         "score_pairs.py --encoders {} --pairs FILE --output cross-scores.parquet",

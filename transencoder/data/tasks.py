@@ -186,6 +186,11 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
     return task
 
 
+def load_tasks(specs: list[str], data_dir: str | None, columns: list[str] | None) -> list[Task]:
+    """Load tasks and groups of them, each once; as `load_task`."""
+    return [load_task(spec, data_dir, columns) for spec in expand_groups(specs)]
+
+
 def parse_spec(spec: str) -> tuple[str, str, str | None]:
     """Return the name, the split and the file of a task.
 

@@ -11,7 +11,7 @@ from transencoder.model_checks import check_bi_encoder, check_language_model
 from transencoder.model_files import model_options
 from transencoder.run.plan import TRAINING_STAGES, Plan, Student
 from transencoder.runtime.accelerator import trackers
-from transencoder.search.mix import Sides, parse_mix, wanted_pairs
+from transencoder.search.mix import parse_mix, read_sides, wanted_pairs
 from transencoder.selection import select_by, training_rows
 
 
@@ -69,9 +69,8 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
 def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
     """Return how many pairs are to be mined, and check the options and the sentences."""
     mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
-    first = read_sentence_pool(plan.sentences, plan.data_dir, mining.columns)
-    second = read_sentence_pool(plan.sentences_b, plan.data_dir, mining.columns) if plan.sentences_b else first
-    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, Sides(first, second)))
+    sides = read_sides(plan.sentences, plan.sentences_b, plan.data_dir, mining.columns)
+    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, sides))
 
 
 def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transencoder.run.layout import RESULTS_FILE, Layout
+from transencoder.run.layout import Layout
 from transencoder.runtime.checkpoints import remove_checkpoints
 from transencoder.runtime.files import read_json
-from transencoder.runtime.records import RUN_FILE
+from transencoder.runtime.records import RESULTS_FILE, RUN_FILE
 from transencoder.runtime.shards import remove_shards
 from transencoder.selection import agreement
 

@@ -13,7 +13,7 @@ best/{bi,cross}-encoder/ results.md progress.png     the summary
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS_FILE = "results.json"  # of a folder that evaluate_encoders.py fills
+from transencoder.runtime.records import RESULTS_FILE
 
 
 def encoder_place(cycle: int, kind: str, student: str) -> str:

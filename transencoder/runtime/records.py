@@ -16,6 +16,7 @@ from transencoder.runtime.files import read_json, sha256, write_json
 from transencoder.runtime.locks import lock, unlock
 
 RUN_FILE = "run.json"
+RESULTS_FILE = "results.json"  # of a folder that evaluate_encoders.py fills
 # Commit of every Hub dataset that this process has loaded; data/hub_sets.py notes them here.
 HUB_COMMITS: dict[str, str] = {}
 

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 
 from transencoder.config.arguments import DEFAULT_MIX
+from transencoder.data.pools import read_sentence_pool
 from transencoder.errors import InputError
 
 PAIRS_PER_SENTENCE = 4  # unless the number of pairs is given
@@ -57,6 +58,14 @@ class Sides:
         if self.single:
             rows, neighbours = np.minimum(rows, neighbours), np.maximum(rows, neighbours)
         return rows * len(self.second) + neighbours
+
+
+def read_sides(
+    sentences: list[str], sentences_b: list[str] | None, data_dir: str | None, columns: list[str] | None
+) -> Sides:
+    """Read the sentences of one side, or of two; sources as `read_sentence_pool` takes them."""
+    first = read_sentence_pool(sentences, data_dir, columns)
+    return Sides(first, read_sentence_pool(sentences_b, data_dir, columns) if sentences_b else first)
 
 
 def parse_mix(words: list[str] | None) -> list[Source]:
