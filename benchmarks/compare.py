@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-r"""This collection against sentence-transformers: the same work, in turns, as ratios.
+r"""Compare this collection with sentence-transformers: the same work, alternating, as ratios.
 
 python benchmarks/compare.py --bi_encoder MODEL --plm MODEL --pairs FILE --sentences FILE --dev FILE
 
 Each run is a process of its own. Its time begins when the libraries are imported and ends when the result is written:
-reading, tokenising, loading the model, every batch, saving. The peer is at its best sensible settings: bf16 autocast
+reading, tokenizing, loading the model, every batch, saving. The peer is at its best sensible settings: bf16 autocast
 where ours has it, fused AdamW, the same batch, the same number of steps, no evaluation. With --peer authors it trains
 as the paper's authors do: by the `fit` of older versions, float32, plain AdamW. With --without, the other side is this
-collection, too, less one of its shortcuts.
+collection, too, less one of its optimizations.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Job:
-    """One work: what it reads and where it writes, the same for both sides."""
+    """Say what a work reads and where it writes, the same for both sides."""
 
     work: str
     pairs: Path
@@ -98,7 +98,7 @@ class Job:
 
 
 def jobs_of(work: str, arguments: argparse.Namespace, folder: Path) -> list[Job]:
-    """The work itself, or those of a cycle, each on what the one before it has written."""
+    """Return the work itself, or those of a cycle, each on what the one before it has written."""
     if work != "a cycle":
         output = folder / ("out.parquet" if WORKS[work] == "score_pairs" else "out")
         scores, cross = folder / "scores.parquet", folder / "cross"
@@ -113,7 +113,7 @@ def jobs_of(work: str, arguments: argparse.Namespace, folder: Path) -> list[Job]
 
 
 def run_ours(job: Job, arguments: argparse.Namespace, without: str | None) -> None:
-    """The script, in this process, as a user starts it."""
+    """Run the script in this process, as a user starts it."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a cycle runs several
@@ -139,7 +139,7 @@ def run_ours(job: Job, arguments: argparse.Namespace, without: str | None) -> No
 
 
 def leave_out(shortcut: str, script: str) -> list[str]:
-    """Options without which the script takes the shortcut; or none, and its function does nothing from now on."""
+    """Return options that leave an optimization out; or none, and its function does nothing from now on."""
     means = WITHOUT[shortcut]
     if isinstance(means, list):
         takes_it = (script == "score_pairs") == (shortcut == "small batches")
@@ -150,7 +150,7 @@ def leave_out(shortcut: str, script: str) -> list[str]:
 
 
 def run_peer(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
-    """The same with sentence-transformers."""
+    """Do the same with sentence-transformers."""
     from transformers import set_seed
 
     set_seed(job.seed)  # of a cross-encoder's new head, which the trainer's own seed comes too late for
@@ -222,7 +222,7 @@ def peer_trains(job: Job, arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def authors_train(job: Job, arguments: argparse.Namespace) -> None:
-    """The training loop that sentence-transformers had when the paper's code was written, and still has."""
+    """Train by the loop that sentence-transformers had when the paper's code was written, and still has."""
     from sentence_transformers import CrossEncoder, InputExample, SentenceTransformer, sentence_transformer
     from torch.utils.data import DataLoader
 
@@ -254,14 +254,14 @@ def use_gpu() -> bool:
 
 
 def use_bf16() -> bool:
-    """Whether both sides compute in bf16."""
+    """Return whether both sides compute in bf16."""
     from transencoder.runtime.backends import choose_precision
 
     return choose_precision("auto") == "bf16"
 
 
 def read_table(path: Path) -> dict[str, list[str]]:
-    """Both columns of a file of pairs."""
+    """Read both columns of a file of pairs."""
     from transencoder.data.tables import read_pairs
 
     pairs = read_pairs([str(path)], None)
@@ -269,7 +269,7 @@ def read_table(path: Path) -> dict[str, list[str]]:
 
 
 def distinct_sentences(arguments: argparse.Namespace) -> list[str]:
-    """Those that our side draws, with the same seed."""
+    """Return those that our side draws, with the same seed."""
     from transencoder.data.pools import read_sentence_pool
     from transencoder.data.tables import sample
 
@@ -278,7 +278,7 @@ def distinct_sentences(arguments: argparse.Namespace) -> list[str]:
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One run; prints its seconds and its peak memory beyond the imports, in MiB."""
+    """Do one run, and print its seconds and its peak memory beyond the imports, in MiB."""
     import accelerate  # noqa: F401
     import sentence_transformers  # noqa: F401
     import transformers  # noqa: F401
@@ -304,7 +304,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in MiB.
+    """Return the most memory that this process has held so far, in MiB.
 
     Of Linux's own accounts: the highest value that `resource` knows is handed down from the process that started this.
     """
@@ -313,7 +313,7 @@ def peak_memory() -> float:
 
 
 def dev_score(model: str, dev: str) -> float:
-    """Spearman's rho x 100 of a trained model on the dev set."""
+    """Return Spearman's rho x 100 of a trained model on the dev set."""
     from accelerate import Accelerator
 
     from transencoder.data.tasks import load_task
@@ -341,7 +341,7 @@ def measure(side: str, work: str, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
-    """A cross-encoder with a random head, to score with, and scored pairs, to train on."""
+    """Make a cross-encoder with a random head, to score with, and scored pairs, to train on."""
     import numpy as np
     import torch
 
@@ -381,7 +381,7 @@ def main() -> None:
 
 
 def row(work: str, runs: list[dict[str, dict[str, Any]]], other: str) -> str:
-    """A line of the table, for a cycle with the mean dev scores of both sides' cross- and bi-encoders."""
+    """Return a line of the table, for a cycle with the mean dev scores of both sides' cross- and bi-encoders."""
     ratios = [run[other]["seconds"] / run["ours"]["seconds"] for run in runs]
     memory = statistics.median(run["ours"]["memory"] / run[other]["memory"] for run in runs)
     shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"

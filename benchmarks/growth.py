@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-r"""How time and memory grow with the number of pairs: scoring, and the start of a training.
+r"""Measure how time and memory grow with the number of pairs: scoring, and the start of a training.
 
 python benchmarks/growth.py
 
 Makes a tiny random BERT and random pairs, runs the scripts on them with empty caches, and prints a table. Times are
-those of the processors (user and system, all processes), since what else a machine does changes them least. Each work
+those of the CPU (user and system, all processes), since what else a machine does changes them least. Each work
 is also done with `--least` pairs, whose time and memory are taken away: what is left is what the pairs cost. Memory is
 the highest sum over the processes, looked at ten times a second: *own* is what they hold for themselves, *resident*
 counts in the pages of memory-mapped files, too, which the system takes back when it needs them.
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_models(folder: Path) -> None:
-    """A random BERT of one layer, 32 wide, as a language model (`plm`), a bi-encoder and a cross-encoder."""
+    """Make a random BERT of one layer, 32 wide, as a language model (`plm`), a bi-encoder and a cross-encoder."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -79,7 +79,7 @@ def make_models(folder: Path) -> None:
 
 
 def make_pairs(path: Path, size: int) -> None:
-    """Random pairs with random scores, of sentences of four to nine words and a number that makes them distinct."""
+    """Write random pairs with random scores, of sentences of four to nine words and a number that tells them apart."""
     random = np.random.default_rng(0)
     sentences = pa.concat_arrays(list(make_sentences(max(size // PAIRS_PER_SENTENCE, 2), random)))
     schema = pa.schema([("sentence1", pa.large_string()), ("sentence2", pa.large_string()), ("score", pa.float32())])
@@ -103,7 +103,7 @@ def make_sentences(size: int, random: np.random.Generator) -> Iterator[pa.Array]
 
 
 def run(work: str, pairs: Path, models: Path, steps: int) -> dict[str, float]:
-    """One run of a script with empty caches.
+    """Run a script once with empty caches.
 
     Returns:
         cpu, wall: seconds from the start of the process to its end. own, resident: peaks in MB (10^6 bytes).
@@ -138,7 +138,7 @@ def run(work: str, pairs: Path, models: Path, steps: int) -> dict[str, float]:
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Bytes that a process and its children hold now."""
+    """Return the bytes that a process and its children hold now."""
     found = {"own": 0, "resident": 0}
     try:
         parent = psutil.Process(pid)

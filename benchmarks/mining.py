@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""What mining takes: processor time of each phase, memory and disk, for several numbers of sentences.
+r"""Measure what mining takes: CPU time of each phase, memory and disk, for several numbers of sentences.
 
 python benchmarks/mining.py --bi_encoder MODEL --sentences FILE FILE --sizes 50000 100000 200000
 
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 
 def recombined(sentences: list[str], size: int, seed: int) -> list[str]:
-    """`size` distinct sentences in an order that is drawn: those given, then halves of two of them put together."""
+    """Return `size` distinct sentences in an order that is drawn: those given, then halves of two put together."""
     rng = random.Random(seed)
     found = dict.fromkeys(rng.sample(sentences, len(sentences))[:size])
     while len(found) < size:
@@ -51,29 +51,29 @@ def recombined(sentences: list[str], size: int, seed: int) -> list[str]:
 
 
 def disk_use(folder: Path) -> int:
-    """Bytes that the files in a folder take."""
+    """Return the bytes that the files in a folder take."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
 
 
 def phase_of(parts: Path) -> str:
-    """The last phase that has left a part."""
+    """Return the last phase that has left a shard."""
     drawn = {int(path.name.split("-")[1]) for path in parts.glob("drawn-*.npy")}
     kinds = {DEFAULT_MIX[number].partition(":")[0] for number in drawn}
     return "by vectors" if "nearest" in kinds else "by words" if kinds else "encoding"
 
 
 def children_seconds() -> float:
-    """Processor time of the processes that have ended."""
+    """Return the CPU time of the processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 class Watch:
-    """What a mining takes: the peaks of its memory and disk, in bytes, and its processor time at each phase's end.
+    """Watch what a mining takes: the peaks of its memory and disk, in bytes, and its CPU time at each phase's end.
 
     Args:
         pid: of the process.
-        folder: where it keeps everything, `parts` being its folder of parts.
+        folder: where it keeps everything, `parts` being its folder of shards.
     """
 
     def __init__(self, pid: int, folder: Path, parts: Path):
@@ -82,7 +82,7 @@ class Watch:
         self.ends, self.files = dict.fromkeys(PHASES, 0.0), 0
 
     def look(self) -> None:
-        """Once, now."""
+        """Look once, now."""
         memory, used = self.process.memory_info(), self.process.cpu_times()
         now = {"rss": memory.rss, "anonymous": memory.rss - memory.shared, "disk": disk_use(self.folder)}
         self.peaks = {name: max(peak, now[name]) for name, peak in self.peaks.items()}
@@ -95,7 +95,7 @@ def mine(sentences: list[str], bi_encoder: str, folder: Path) -> dict[str, float
     """Mine once, in an empty folder.
 
     Returns:
-        Processor seconds of each phase; "wall", seconds of all; peaks in bytes of "rss", "anonymous", "disk"; "pairs".
+        CPU seconds of each phase; "wall", seconds of all; peaks in bytes of "rss", "anonymous", "disk"; "pairs".
     """
     source, output = folder / "sentences.txt", folder / "pairs.parquet"
     source.write_text("\n".join(sentences) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-r"""Step 2 under one process and under two, under every backend: speed as a ratio, bytes exchanged, memory.
+r"""Measure step 2 with one process and with two, under every backend: speed as a ratio, bytes exchanged, memory.
 
-The global batch is the same everywhere, each process has one thread, and the layouts take turns, so that what else the
+The global batch is the same everywhere, each process has one thread, and the layouts alternate, so that what else the
 machine does falls on all of them. Bytes are what the loopback device carried: run it where nothing else uses that,
 
 sudo unshare --net sh -c "ip link set lo up; python benchmarks/scaling.py --model_name_or_path MODEL --scores FILE"
@@ -38,13 +38,13 @@ def parse() -> argparse.Namespace:
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback device has received since it came up."""
+    """Return the bytes that the loopback device has received since it came up."""
     (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[0])
 
 
 def run(layout: str, steps: int, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """One training, in a folder that must not exist.
+    """Run one training, in a folder that must not exist.
 
     Returns:
         rate: examples/s. bytes: over loopback, start and end included. memory: peak of the largest process, GiB.
