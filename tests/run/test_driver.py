@@ -179,7 +179,7 @@ def test_under_fsdp_each_stage_has_its_own_launch(recipe, tmp_path):
     assert result.stderr.count("has a launch of its own: FSDP and DeepSpeed are set up once in a process") == 4
     assert "[5/5] cycle 1: bi-encoder of one: " in result.stderr
     facts = json.loads((run / "cycle-1/bi-encoder/one/run.json").read_text())
-    assert (facts["engine"], facts["world_size"]) == ("fsdp", 2)
+    assert (facts["backend"], facts["world_size"]) == ("fsdp", 2)
     assert not list(run.glob(".outcome*"))
 
 
