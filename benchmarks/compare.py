@@ -43,7 +43,7 @@ CYCLE = ("score, bi-encoder", "train cross-encoder (step 2)", "score, cross-enco
 BATCH = {"distill_bi2cross": 32, "distill_cross2bi": 128, "train_contrastive": 64}
 EPOCHS = {"distill_bi2cross": 2, "distill_cross2bi": 5}  # of a cycle; elsewhere one
 WITHOUT = {  # what is left out -> the options that do so, or the name in a module that becomes a function of nothing
-    "length buckets": ["--length_window", "1"],
+    "length grouping": ["--length_window", "1"],
     "small batches": ["--eval_batch_tokens", "16384"],
     "first token only": "transencoder.encoders.read_first_token_only",
     "cheap dropout": "transencoder.training.use_cpu_dropout",

@@ -10,7 +10,8 @@ import importlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+SCRIPTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]  # runs from a checkout, without installation
 
 from transencoder.config.parsing import StageParser
 from transencoder.config.recipes import read_recipe
@@ -21,8 +22,6 @@ from transencoder.run.runner import Runner
 from transencoder.run.stages import Stage, read_stages
 from transencoder.runtime.accelerator import quiet_libraries, share_process_group
 from transencoder.runtime.backends import is_set_up_once
-
-SCRIPTS = Path(__file__).resolve().parent
 
 
 def parse() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from conftest import ROOT, random_pairs
 
 from transencoder.config.options import Choice, HubTarget
 from transencoder.data.tables import PAIRS
-from transencoder.hub.card import CardFacts, render_card
+from transencoder.hub.card import CardContent, render_card
 from transencoder.labels import write_scores
 from transencoder.losses import (
     CROSS_LOSSES,
@@ -276,6 +276,6 @@ def test_a_new_loss_is_an_entry_in_its_registry_and_nothing_else(tiny_bert, tmp_
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     monkeypatch.setitem(CROSS_LOSSES, "huber", Choice(None, "", "Huber loss"))
-    card = render_card(CardFacts("acme/x", model, "cross", str(tiny_bert), ""), HubTarget())
+    card = render_card(CardContent("acme/x", model, "cross", str(tiny_bert), ""), HubTarget())
     assert "reads both sentences together (Huber loss)." in card
     assert "| `loss` | huber |" in card

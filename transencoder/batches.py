@@ -75,15 +75,16 @@ class LengthWindowSampler(Sampler[list[int]]):
     Args:
         lengths: tokens of each row.
         batch_size: rows of one optimizer step, over all processes.
-        pieces: equal parts that a batch is given out in, one after another (gradient accumulation).
+        micro_batches: equal parts that a batch is given out in, one after another (gradient accumulation).
         window: batches in a window; 1 is a plain shuffle.
     """
 
     drop_last = True
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, pieces: int, window: int, seed: int):
-        self.lengths, self.full_batch, self.pieces, self.window, self.seed = lengths, batch_size, pieces, window, seed
-        self.batch_size = batch_size // pieces
+    def __init__(self, lengths: np.ndarray, batch_size: int, micro_batches: int, window: int, seed: int):
+        self.lengths, self.full_batch, self.micro_batches = lengths, batch_size, micro_batches
+        self.window, self.seed = window, seed
+        self.batch_size = batch_size // micro_batches
         self.epoch = 0
 
     @property
@@ -92,7 +93,7 @@ class LengthWindowSampler(Sampler[list[int]]):
         return len(self.lengths) // self.full_batch
 
     def __len__(self) -> int:
-        return self.batches * self.pieces
+        return self.batches * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self.seed, self.epoch))
@@ -106,8 +107,8 @@ class LengthWindowSampler(Sampler[list[int]]):
                 ]
             )
         for batch in order.reshape(self.batches, self.full_batch)[random.permutation(self.batches)]:
-            for piece in np.split(batch, self.pieces):
-                yield piece.tolist()
+            for micro_batch in np.split(batch, self.micro_batches):
+                yield micro_batch.tolist()
 
 
 def make_loader(rows: Dataset, sampler: LengthWindowSampler) -> DataLoader:

@@ -42,7 +42,7 @@ class Progress:
     Args:
         history: one entry for each evaluation: step, epoch, loss (mean since the last entry), dev and agreement (x
             100, where there are such pairs).
-        loss_sum: of the pieces since the last entry, on this process; stays on the device.
+        loss_sum: of the micro-batches since the last entry, on this process; stays on the device.
         resumed_at: the steps that the run went on from.
     """
 
@@ -97,10 +97,10 @@ class Trainer:
         self.select_by = select_by(arguments)
         self.keep_best = self.select_by in self.sets
         self.checkpoints = Checkpoints(accelerator, arguments.output_dir, arguments.checkpoints_total_limit)
-        self.pieces = arguments.count_micro_batches(len(rows.lengths), accelerator.num_processes)
-        set_batch(accelerator, arguments.total_batch_size, self.pieces, arguments.max_grad_norm)
+        self.micro_batches = arguments.count_micro_batches(len(rows.lengths), accelerator.num_processes)
+        set_batch(accelerator, arguments.total_batch_size, self.micro_batches, arguments.max_grad_norm)
         self.sampler = LengthWindowSampler(
-            rows.lengths, arguments.total_batch_size, self.pieces, arguments.length_window, arguments.seed
+            rows.lengths, arguments.total_batch_size, self.micro_batches, arguments.length_window, arguments.seed
         )
         self.total_steps = arguments.num_epochs * self.sampler.batches
         if arguments.max_steps:
@@ -133,8 +133,8 @@ class Trainer:
         self.model.train()
         self.first_step, self.started, self.pauses = self.progress.step, time.perf_counter(), 0.0
         with StopSignal() as stop:
-            for pieces in self.batches():
-                self.train_step(pieces)
+            for batch in self.batches():
+                self.train_step(batch)
                 pause = time.perf_counter()
                 if self.is_time_to_evaluate():
                     self.evaluate()
@@ -143,31 +143,31 @@ class Trainer:
         self.bar.close()
         rate = self.examples_per_second()
         self.finish()
-        return self.facts(rate)
+        return self.outcome(rate)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """The batches that are still to come, each as its pieces."""
+        """The batches that are still to come, each as its micro-batches."""
         while self.progress.step < self.total_steps:
             self.sampler.epoch = self.rows.epoch = self.progress.step // self.sampler.batches
-            done = self.progress.step % self.sampler.batches * self.pieces
-            pieces = []
-            for piece in self.accelerator.skip_first_batches(self.loader, done) if done else self.loader:
-                pieces.append(piece)
-                if len(pieces) == self.pieces:
-                    yield pieces
-                    pieces = []
+            done = self.progress.step % self.sampler.batches * self.micro_batches
+            micro_batches = []
+            for micro_batch in self.accelerator.skip_first_batches(self.loader, done) if done else self.loader:
+                micro_batches.append(micro_batch)
+                if len(micro_batches) == self.micro_batches:
+                    yield micro_batches
+                    micro_batches = []
                 if self.progress.step == self.total_steps:
                     break
 
-    def train_step(self, pieces: list[Batch]) -> None:
-        """Forward and backward of a batch's pieces, and one optimizer step."""
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """Forward and backward of a batch's micro-batches, and one optimizer step."""
         accelerator, progress = self.accelerator, self.progress
-        if len(pieces) > 1 and hasattr(self.loss_of, "look_ahead"):
-            self.loss_of.look_ahead(self.model, pieces)
+        if len(micro_batches) > 1 and hasattr(self.loss_of, "look_ahead"):
+            self.loss_of.look_ahead(self.model, micro_batches)
         losses = []
-        for piece in pieces:
+        for micro_batch in micro_batches:
             with accelerator.accumulate(self.model):
-                loss = self.loss_of(self.model, piece)
+                loss = self.loss_of(self.model, micro_batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
@@ -217,8 +217,8 @@ class Trainer:
         """Say in one line where a training broke down, and what is left of it."""
         self.bar.close()
         self.sampler.epoch, place = divmod(step - 1, self.sampler.batches)
-        batches = itertools.islice(self.sampler, place * self.pieces, (place + 1) * self.pieces)
-        examples = [row + 1 for piece in batches for row in piece]
+        batches = itertools.islice(self.sampler, place * self.micro_batches, (place + 1) * self.micro_batches)
+        examples = [row + 1 for micro_batch in batches for row in micro_batch]
         shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
         last = self.checkpoints.newest()
         left = f"the last good checkpoint is {last}" if last else "no checkpoint had been written before"
@@ -292,7 +292,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         end(self.accelerator)
 
-    def facts(self, examples_per_second: float) -> dict[str, Any]:
+    def outcome(self, examples_per_second: float) -> dict[str, Any]:
         """What happened, for run.json."""
         progress = self.progress
         best = {}
@@ -304,7 +304,7 @@ class Trainer:
             steps=self.total_steps,
             examples=len(self.rows.lengths),
             world_size=self.accelerator.num_processes,
-            gradient_accumulation_steps=self.pieces,
+            gradient_accumulation_steps=self.micro_batches,
             backend=backend_name(self.accelerator),
             mixed_precision=precision(self.accelerator),
             examples_per_second=round(examples_per_second, 1),

@@ -148,7 +148,7 @@ def rows_of(batches: Iterable[list[int]]) -> list[int]:
 def full_batches(sampler: LengthWindowSampler) -> list[list[int]]:
     """The sampler's batches, pieces put together."""
     pieces = list(sampler)
-    return [rows_of(pieces[i : i + sampler.pieces]) for i in range(0, len(pieces), sampler.pieces)]
+    return [rows_of(pieces[i : i + sampler.micro_batches]) for i in range(0, len(pieces), sampler.micro_batches)]
 
 
 def padded_tokens(batches: list[list[int]]) -> int:
@@ -157,7 +157,7 @@ def padded_tokens(batches: list[list[int]]) -> int:
 
 @pytest.mark.parametrize("window", [1, 4, 32, 1000])
 def test_each_row_comes_at_most_once_and_only_full_batches_come(window):
-    sampler = LengthWindowSampler(LENGTHS, batch_size=16, pieces=2, window=window, seed=1)
+    sampler = LengthWindowSampler(LENGTHS, batch_size=16, micro_batches=2, window=window, seed=1)
     pieces = list(sampler)
     assert sampler.batches == 62  # 1003 = 62 * 16 + 11
     assert len(sampler) == len(pieces) == 124

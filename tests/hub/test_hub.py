@@ -488,7 +488,7 @@ def test_a_card_that_the_hub_refuses_is_one_line(server, run, capsys):
 def test_the_papers_figures_stand_beside_ours_where_it_has_them(run):
     entries = [dict(encoders=["x"], kind="bi", split="test", n=9, metric="spearman", value=70.0, task=t) for t in "ab"]
     entries[0]["task"] = "stsb"
-    facts = card.CardFacts("acme/x", run, "bi", "plm", "", entries, [dict(entries[0], value=60.0)])
+    facts = card.CardContent("acme/x", run, "bi", "plm", "", entries, [dict(entries[0], value=60.0)])
     assert "paper" not in card.results_table(facts)
     facts.paper = "simcse-bert-base/self/bi"
     assert card.results_table(facts).splitlines()[2:] == [

@@ -1,4 +1,4 @@
-"""The rows of a file in any of the formats, in pieces, and what is said of a row that is wrong."""
+"""The rows of a file in any of the formats, block by block, and what is said of a row that is wrong."""
 
 import csv
 import json

@@ -1,7 +1,7 @@
 """Reading and checking sentences and pairs.
 
-A file is read once, in pieces, into a memory-mapped Arrow file of the `datasets` cache: its length costs disk, not
-memory, and a second run with the same file starts at once.
+A file is read once, block by block, into a memory-mapped Arrow file of the `datasets` cache: its length costs disk,
+not memory, and a second run with the same file starts at once.
 """
 
 import ctypes

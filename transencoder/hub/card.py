@@ -36,7 +36,7 @@ CARRIED = ("license", "license_name", "license_link", "language")
 
 
 @dataclass
-class CardFacts:
+class CardContent:
     """Hold what a card says beyond what the model's own folder does.
 
     Args:
@@ -73,34 +73,34 @@ class CardFacts:
         return self.repo.rpartition("/")[2]
 
 
-def render_card(facts: CardFacts, target: HubTarget) -> str:
+def render_card(content: CardContent, target: HubTarget) -> str:
     """Return the card as Markdown with its metadata.
 
     Args:
         target: with the licence and language that were asked for; else the base model's are carried over.
     """
-    run = json.loads((facts.model / RUN_FILE).read_text(encoding="utf-8"))
-    labels = label_facts(facts.model, run["arguments"])
-    tokenizer = json.loads((facts.model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    data = card_data(facts, target, run["arguments"], labels)
+    run = json.loads((content.model / RUN_FILE).read_text(encoding="utf-8"))
+    labels = label_metadata(content.model, run["arguments"])
+    tokenizer = json.loads((content.model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    data = card_data(content, target, run["arguments"], labels)
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        repo=facts.repo,
-        kind=facts.kind,
-        title=facts.name,
-        base=data.base_model or Path(facts.base).name,
-        pooling=plain_pooling(str(facts.model)) if facts.kind == "bi" else None,
+        repo=content.repo,
+        kind=content.kind,
+        title=content.name,
+        base=data.base_model or Path(content.base).name,
+        pooling=plain_pooling(str(content.model)) if content.kind == "bi" else None,
         max_length=tokenizer["model_max_length"],
-        results_table=results_table(facts),
-        measures=" or ".join(dict.fromkeys(METRICS[entry["metric"]].card for entry in primary(facts.results))),
-        note=facts.note,
-        origin=origin(facts.results),
+        results_table=results_table(content),
+        measures=" or ".join(dict.fromkeys(METRICS[entry["metric"]].card for entry in primary(content.results))),
+        note=content.note,
+        origin=origin(content.results),
         method=method_of(run),
-        making=making(facts, run, labels),
-        lineage=facts.lineage,
-        plot=facts.plot,
-        command=facts.command,
+        making=making(content, run, labels),
+        lineage=content.lineage,
+        plot=content.plot,
+        command=content.command,
         options=options_table(run),
         seed=run["arguments"]["seed"],
         versions=", ".join(f"{module} {version}" for module, version in run["versions"].items()),
@@ -121,15 +121,17 @@ def method_of(run: dict[str, Any]) -> str:
     return stage.card.format(**chosen)
 
 
-def card_data(facts: CardFacts, target: HubTarget, arguments: dict[str, Any], labels: dict[str, Any]) -> ModelCardData:
+def card_data(
+    content: CardContent, target: HubTarget, arguments: dict[str, Any], labels: dict[str, Any]
+) -> ModelCardData:
     """Return the metadata that the Hub understands."""
     mutual = len(labels.get("encoders", [])) > 1
     taught = [] if not labels else ["mutual-distillation" if mutual else "self-distillation"]
-    base, _ = hub_origin(facts.base)
-    measured = [entry for entry in facts.results if entry["value"] is not None]
+    base, _ = hub_origin(content.base)
+    measured = [entry for entry in content.results if entry["value"] is not None]
     used = [source for source in sources_of(arguments, labels) if is_hub_id(source)]
     used += [TASKS[entry["task"]].hub_id for entry in measured if entry["task"] in TASKS]
-    known = base_metadata(facts.base)
+    known = base_metadata(content.base)
     if target.hub_license:
         known = {key: value for key, value in known.items() if not key.startswith("license")}
         known["license"] = target.hub_license
@@ -139,11 +141,11 @@ def card_data(facts: CardFacts, target: HubTarget, arguments: dict[str, Any], la
         known |= {"base_model": base, "base_model_relation": "finetune"}
     return ModelCardData(
         library_name="sentence-transformers",
-        pipeline_tag=PIPELINES[facts.kind],
-        tags=[TAG, "unsupervised", *taught, "sentence-transformers", *OWN_TAGS[facts.kind]],
+        pipeline_tag=PIPELINES[content.kind],
+        tags=[TAG, "unsupervised", *taught, "sentence-transformers", *OWN_TAGS[content.kind]],
         datasets=list(dict.fromkeys(used)) or None,
         metrics=list(dict.fromkeys(METRICS[entry["metric"]].hub_name for entry in measured)) or None,
-        model_name=facts.name,
+        model_name=content.name,
         eval_results=[eval_result(entry) for entry in measured] or None,
         **known,
     )
@@ -168,14 +170,14 @@ def eval_result(entry: dict[str, Any]) -> EvalResult:
     )
 
 
-def results_table(facts: CardFacts) -> str:
+def results_table(content: CardContent) -> str:
     """Return a table with a row for each set: start, this model, paper if it has a figure; empty without results."""
-    start = {title(entry["task"], entry["split"]): entry["value"] for entry in primary(facts.start)}
-    names = [title(entry["task"], entry["split"]) for entry in primary(facts.results)]
-    paper = [published(name, facts.paper) if facts.paper else None for name in names]
+    start = {title(entry["task"], entry["split"]): entry["value"] for entry in primary(content.start)}
+    names = [title(entry["task"], entry["split"]) for entry in primary(content.results)]
+    paper = [published(name, content.paper) if content.paper else None for name in names]
     header = ["set", "pairs", *(["start"] if start else []), "this model", *(["paper"] if any(paper) else [])]
     rows = []
-    for name, entry, figure in zip(names, primary(facts.results), paper, strict=True):
+    for name, entry, figure in zip(names, primary(content.results), paper, strict=True):
         before = [shown_value(start.get(name))] if start else []
         after = [shown_value(figure)] if any(paper) else []
         rows.append([name, f"{entry['n']:,}", *before, shown_value(entry["value"]), *after])
@@ -187,14 +189,14 @@ def primary(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["metric"] in PRIMARY]
 
 
-def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> list[str]:
+def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) -> list[str]:
     """Return lines about the model's start, its teachers, its data and the checkpoint that was kept."""
     arguments = run["arguments"]
-    lines = [f"Start: {called(arguments['model_name_or_path'], facts)}"]
+    lines = [f"Start: {called(arguments['model_name_or_path'], content)}"]
     teachers = labels.get("encoders", [])
     for teacher in teachers:
         sha = labels.get("inputs", {}).get(teacher)
-        lines.append(f"Teacher: {called(teacher, facts)}" + (f", SHA-256 of its weights `{sha}`" if sha else ""))
+        lines.append(f"Teacher: {called(teacher, content)}" + (f", SHA-256 of its weights `{sha}`" if sha else ""))
     if len(teachers) > 1:
         weights = labels.get("teacher_weights")
         weighted = f", with the weights {', '.join(map(str, weights))}" if weights else ""
@@ -219,9 +221,9 @@ def making(facts: CardFacts, run: dict[str, Any], labels: dict[str, Any]) -> lis
     return lines
 
 
-def called(name: str, facts: CardFacts) -> str:
+def called(name: str, content: CardContent) -> str:
     """Return how a card names an encoder: its repository, its Hub id and revision, or the last part of its path."""
-    for end, on_the_hub in facts.published.items():
+    for end, on_the_hub in content.published.items():
         if name.endswith(end):
             return on_the_hub
     hub_id, revision = hub_origin(name)
@@ -264,7 +266,7 @@ def base_metadata(base: str) -> dict[str, Any]:
     return {key: found[key] for key in CARRIED if found.get(key)}
 
 
-def label_facts(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+def label_metadata(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return who gave a student's labels, from the score file's metadata, and `rows`; empty for step 1.
 
     The file is looked for where it was, where --teachers leave it, and where the driver puts it (the run may have

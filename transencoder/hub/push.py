@@ -19,7 +19,7 @@ from transencoder.config.options import HubArguments, HubTarget
 from transencoder.config.recipes import as_options
 from transencoder.config.stages import STAGES
 from transencoder.errors import InputError
-from transencoder.hub.card import PIPELINES, TAG, CardFacts, render_card
+from transencoder.hub.card import PIPELINES, TAG, CardContent, render_card
 from transencoder.model_checks import inspect_encoder
 from transencoder.model_files import Kind
 from transencoder.runtime.accelerator import log
@@ -36,27 +36,27 @@ class Version:
     """What a repository holds at one commit: an encoder's files and a card.
 
     Args:
-        facts: for the card; `facts.model` is the encoder's folder.
+        content: for the card; `content.model` is the encoder's folder.
         message: of the commit.
         tag: of the commit; None for none.
         files: what lies beside the encoder.
     """
 
-    facts: CardFacts
+    content: CardContent
     message: str
     tag: str | None = None
     files: list[Path] = field(default_factory=list)
 
     def write(self, folder: Path, target: HubTarget) -> None:
         """Fill an empty folder with just what the commit holds."""
-        for path in sorted(path for pattern in MODEL_FILES for path in self.facts.model.glob(pattern)):
+        for path in sorted(path for pattern in MODEL_FILES for path in self.content.model.glob(pattern)):
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)
             else:
                 (folder / path.name).symlink_to(path.resolve())
         for path in self.files:
             shutil.copy(path, folder)
-        (folder / "README.md").write_text(render_card(self.facts, target), encoding="utf-8")
+        (folder / "README.md").write_text(render_card(self.content, target), encoding="utf-8")
 
 
 @dataclass
@@ -180,11 +180,11 @@ def claim_repository(api: HfApi, repository: Repository, target: HubTarget) -> N
 
 def check_same(api: HfApi, repository: Repository, version: Version) -> None:
     """Raise `InputError` if the tag's weights are others: a tag that people may have used does not move."""
-    weights = {path.name: sha256(path) for path in version.facts.model.glob("model*.safetensors")}
+    weights = {path.name: sha256(path) for path in version.content.model.glob("model*.safetensors")}
     there = api.get_paths_info(repository.id, list(weights), revision=version.tag)
     if {file.path: file.lfs and file.lfs.sha256 for file in there} != weights:
         raise InputError(
-            f"its tag {version.tag} holds other weights than {version.facts.model}; choose another name, or delete "
+            f"its tag {version.tag} holds other weights than {version.content.model}; choose another name, or delete "
             "the tag"
         )
 
@@ -237,8 +237,8 @@ def stage_repository(folder: Path, target: HubTarget) -> Repository:
     given.pop("inputs", None)
     command = f"accelerate launch scripts/{run['stage']}.py {shlex.join(as_options(given))} --output_dir {folder.name}"
     kind = inspect_encoder(str(folder))
-    facts = CardFacts(target.hub_model_id, folder, kind, first_model(run["arguments"]), command)
-    version = Version(facts, f"{run['stage']}, seed {run['arguments']['seed']}")
+    content = CardContent(target.hub_model_id, folder, kind, first_model(run["arguments"]), command)
+    version = Version(content, f"{run['stage']}, seed {run['arguments']['seed']}")
     return Repository(target.hub_model_id, kind, [], version)
 
 

@@ -14,7 +14,7 @@ from transencoder.config.recipes import read_recipe
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import InputError
-from transencoder.hub.card import CardFacts
+from transencoder.hub.card import CardContent
 from transencoder.hub.push import Repository, Version, check_target
 from transencoder.model_files import Kind
 from transencoder.run.layout import Layout, encoder_place
@@ -83,7 +83,7 @@ def _repository(
     )
 
     def version(this: Round) -> Version:
-        facts = CardFacts(
+        content = CardContent(
             repo=name,
             model=Path(this.path),
             kind=kind,
@@ -98,7 +98,7 @@ def _repository(
             published=published_names(plan, target),
         )
         files = [layout.recipe, *([plot] if plot.is_file() else [])]
-        return Version(facts, this.step, f"cycle-{this.cycle}", files)
+        return Version(content, this.step, f"cycle-{this.cycle}", files)
 
     return Repository(name, kind, [version(r) for r in own], version(best))
 

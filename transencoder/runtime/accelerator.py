@@ -120,7 +120,7 @@ def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notes away from ours."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("datasets", "huggingface_hub", "DeepSpeed"):
+    for name in ("datasets", "huggingface_hub", "sentence_transformers", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What these warn of does not happen here: nothing is added in place to a model's output ...
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -1,6 +1,6 @@
 """The shards that a long scoring has done so far, on disk: after a crash or a signal it goes on from there.
 
-.OUTPUT.parquet.parts/facts.json              whose shards these are
+.OUTPUT.parquet.parts/metadata.json              whose shards these are
 .OUTPUT.parquet.parts/encoder-0.part-3.npy    the encoder's outputs for the fourth `rows` inputs
 """
 
@@ -17,7 +17,7 @@ from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import replacing, write_json
 from transencoder.runtime.locks import lock, unlock
 
-FACTS_FILE = "facts.json"
+METADATA_FILE = "metadata.json"
 
 
 class Shards:
@@ -25,21 +25,21 @@ class Shards:
 
     Args:
         output: the file that the shards will become.
-        facts: what the scores depend on; shards with other metadata are deleted.
+        metadata: what the scores depend on; shards that depend on other things are deleted.
         rows: inputs of a shard.
     """
 
-    def __init__(self, output: Path, facts: dict[str, Any], rows: int, accelerator: Accelerator):
+    def __init__(self, output: Path, metadata: dict[str, Any], rows: int, accelerator: Accelerator):
         self.folder, self.rows, self.accelerator = _folder(output), rows, accelerator
         self.output = output
         if accelerator.is_main_process:
             lock(output)
-        facts = json.loads(json.dumps({**facts, "rows": rows}))
-        if accelerator.is_main_process and self._found() != facts:
+        metadata = json.loads(json.dumps({**metadata, "rows": rows}))
+        if accelerator.is_main_process and self._found() != metadata:
             shutil.rmtree(self.folder, ignore_errors=True)
             with writing(self.folder):
                 self.folder.mkdir(parents=True)
-            write_json(self.folder / FACTS_FILE, facts)
+            write_json(self.folder / METADATA_FILE, metadata)
         accelerator.wait_for_everyone()
         done = sum(1 for _ in self.folder.glob("*.npy"))
         if done:
@@ -47,7 +47,7 @@ class Shards:
 
     def _found(self) -> Any:
         try:
-            return json.loads((self.folder / FACTS_FILE).read_text(encoding="utf-8"))
+            return json.loads((self.folder / METADATA_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

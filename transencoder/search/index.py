@@ -38,7 +38,7 @@ from transencoder.search.neighbours import METRICS, empty_clusters, exact_index
 if TYPE_CHECKING:
     import faiss
 
-INDEX_FILE, SENTENCES_FILE, FACTS_FILE = "index.faiss", "sentences.arrow", "index.json"
+INDEX_FILE, SENTENCES_FILE, METADATA_FILE = "index.faiss", "sentences.arrow", "index.json"
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ def check_index(folder: Path, bi_encoder: str, options: ModelOptions) -> dict[st
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        facts = read_json(folder / FACTS_FILE)
-        made_by, size = {"model": facts["model"], "prompts": facts["prompts"]}, facts["sentences"]
+        metadata = read_json(folder / METADATA_FILE)
+        made_by, size = {"model": metadata["model"], "prompts": metadata["prompts"]}, metadata["sentences"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--index {folder}: not an index that search.py made; choose another folder") from error
     now = index_metadata(bi_encoder, options)
     if made_by["model"] != now["model"]:
-        name = facts.get("name", "another model")
+        name = metadata.get("name", "another model")
         raise InputError(f"--index {folder}: made with {name}, not with {bi_encoder}; make one in another folder")
     if made_by != now:
         prompts = made_by["prompts"]
@@ -147,8 +147,8 @@ def add_sentences(
     inference: Inference,
 ) -> SentenceIndex:
     """Encode sentences and write the index with them; whoever opens the folder meets the old one or the new one."""
-    facts = {**index_metadata(arguments.bi_encoder, model_options(arguments)), "name": arguments.bi_encoder}
-    shards = Shards(folder, {**facts, "added": len(sentences)}, arguments.shard_rows, inference.accelerator)
+    metadata = {**index_metadata(arguments.bi_encoder, model_options(arguments)), "name": arguments.bi_encoder}
+    shards = Shards(folder, {**metadata, "added": len(sentences)}, arguments.shard_rows, inference.accelerator)
     inference = dataclasses.replace(inference, shards=shards)
     tokens = tokenize(sentences, SENTENCES, encoder.preprocessor(side=1))
     added = embed([(encoder, [tokens])], shards.folder / "added.vec", inference)
@@ -164,7 +164,7 @@ def add_sentences(
         temporary.mkdir()
         faiss.write_index(index, str(temporary / INDEX_FILE))
         feather.write_feather(table, str(temporary / SENTENCES_FILE), compression="uncompressed")
-        write_json(temporary / FACTS_FILE, {**facts, "sentences": len(table)})
+        write_json(temporary / METADATA_FILE, {**metadata, "sentences": len(table)})
     shards.remove()
     return load_index(folder)
 
