@@ -23,82 +23,39 @@
 # 1 for the cross-encoder, 1 to 2 for the bi-encoder and 0.3 for labelling, times the number of students.
 set -euo pipefail
 
-here=$(dirname "${BASH_SOURCE[0]}")
-launcher="accelerate launch" recipe="" run="" dry="" push="" seeds=() plan=() stages=() stopped="" outcome="" student="" threads=""
-fail() { echo "run_transencoder.sh: error: $1" >&2; exit 2; }
-while (($#)); do
-  case $1 in
-    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    --dry_run) dry=1 plan+=("$1"); shift; continue ;;
-    --hub_public) plan+=("$1"); shift; continue ;;
-    --seeds) shift; while (($#)) && [[ $1 != --* ]]; do seeds+=("$1"); shift; done
-      ((${#seeds[@]} > 1)) || fail "--seeds needs two or more numbers"
-      continue ;;
-    --recipe | --output_dir | --launcher | --plm | --bi_encoder | --data_dir | --seed | --push_to_hub | --hub_license | \
-      --hub_language | --student | --patience) (($# > 1)) || fail "$1 needs a value" ;;
-    *) fail "unknown argument $1 (see --help)" ;;
-  esac
-  case $1 in
-    --recipe) recipe=$2 ;;
-    --output_dir) run=${2%/} ;;
-    --push_to_hub) push=$2 ;;
-    --patience) stages+=("$1" "$2"); [[ $2 =~ ^[0-9]+$ ]] || fail "--patience $2: must be a number of seconds" ;;
-    *) [[ $1 != --launcher ]] || launcher=$2
-      plan+=("$1" "$2") ;;
-  esac
-  shift 2
-done
-[[ $recipe && $run ]] || fail "give --recipe FILE and --output_dir DIR (see --help)"
-
-if ((${#seeds[@]})); then  # this script once for each, and the table of all
-  [[ " ${plan[*]-} " != *" --seed "* ]] || fail "--seed and --seeds exclude one another"
-  [[ " ${plan[*]-} " != *" --student "* ]] || fail "--student and --seeds exclude one another"
-  [[ ! -e $run/recipe.yaml ]] || fail "--output_dir $run: holds a run of one seed; choose another folder"
-  for seed in "${seeds[@]}"; do
-    [[ $dry ]] || echo "Seed $seed" >&2
-    bash "${BASH_SOURCE[0]}" --recipe "$recipe" --output_dir "$run/seed-$seed" --seed "$seed" \
-      ${push:+--push_to_hub "$push-seed-$seed"} ${plan[@]+"${plan[@]}"} ${stages[@]+"${stages[@]}"} || exit $?
-  done
-  [[ $dry ]] || exec python "$here/summarize_run.py" "${seeds[@]/#/$run/seed-}" --output "$run/results.md"
-  exit
-fi
-
+here=$(dirname "${BASH_SOURCE[0]}") stopped=""
+[[ " $* " != *" --help "* && " $* " != *" -h "* ]] || { sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0; }
+say() { echo "run_transencoder.sh: $1" >&2; }
 # ended CODE WHAT: exit as a step of this script's own did. One that a signal ended has not said so itself.
-ended() {
-  (($1 < 128)) || echo "run_transencoder.sh: $2 was ended by signal $(($1 - 128)). The same command again goes on from here." >&2
-  exit "$1"
+ended() { (($1 < 128)) || say "$2 was ended by signal $(($1 - 128)). The same command again goes on from here."; exit "$1"; }
+python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("accelerate"))' &>/dev/null || {
+  say "error: $(command -v python || echo python) has not the packages of requirements.txt; activate the environment that has: source .venv/bin/activate"
+  exit 2
 }
-python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("accelerate"))' &>/dev/null ||
-  fail "$(command -v python || echo python) has not the packages of requirements.txt; activate the environment that has: source .venv/bin/activate"
 trap 'stopped=1' USR1  # the stage that runs gets one of its own, and ends
 
-planned=$(python "$here/plan_run.py" --recipe "$recipe" --output_dir "$run" ${push:+--hub_model_id "$push"} \
-  ${plan[@]+"${plan[@]}"}) || ended $? "checking the recipe"
-[[ ! $dry ]] || { echo "$planned"; exit 0; }
-# Where the launch says how it ended; the student's name, if it is for one; and threads: without a GPU all cores for the one
-# process, to which accelerate would give one.
-{ read -r outcome; read -r student; read -r threads; } <<<"$planned" || true
+# plan_run.py knows the options, and prints in lines: the launcher, OMP_NUM_THREADS where it should be set, words for
+# run_stages.py, and for each run its folder and the file in which a launch says how it ended.
+planned=$(python "$here/plan_run.py" "$@") || ended $? "checking the recipe"
+[[ " $* " != *" --dry_run "* ]] || { echo "$planned"; exit 0; }
+{ read -r launcher; read -r threads; read -r words; mapfile -t runs; } <<<"$planned"
 [[ ! $threads ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS-$threads}
-[[ ! $student ]] || stages+=(--student "$student")
-
-next="again 0"
-while [[ $next == again* ]]; do
+for ((i = 0; i < ${#runs[@]}; i += 2)); do
+  run=${runs[i]} outcome=${runs[i + 1]} next="again 0"
+  while [[ $next == again* ]]; do  # FSDP and DeepSpeed want a launch for each stage
+    rm -f "$outcome"
+    # The launcher's own exit code does not tell a stop from a failure.
+    [[ $stopped ]] || TRANSENCODER_RUN=$run $launcher "$here/run_stages.py" "$run" --remade "${next#again }" $words || true
+    next=$(cat "$outcome" 2>/dev/null) || true
+  done
+  [[ ! $stopped && $next != stopped ]] || { say "stopped by a signal. The same command again goes on from here."; exit 75; }
+  [[ $next ]] || { echo failed >"$outcome"; say "the launch failed (see above). The same command again goes on from here."; }
+  [[ $next == summarize || $next == nothing ]] || exit 1
   rm -f "$outcome"
-  # The launcher's own exit code does not tell a stop from a failure.
-  [[ $stopped ]] || TRANSENCODER_RUN=$run $launcher "$here/run_stages.py" "$run" --remade "${next#again }" ${push:+--push} \
-    ${stages[@]+"${stages[@]}"} || true
-  next=$(cat "$outcome" 2>/dev/null) || true
+  [[ $next == summarize ]] || continue
+  python "$here/summarize_run.py" "$run" || ended $? "the summary"
+  # What goes wrong there it says itself, and how to push later.
+  [[ $words != *" --push" ]] || python "$here/push_to_hub.py" "$run" </dev/null || true
+  table+=("$run")
 done
-if [[ $stopped || $next == stopped ]]; then
-  echo "run_transencoder.sh: stopped by a signal. The same command again goes on from here." >&2
-  exit 75
-elif [[ ! $next ]]; then  # it was killed
-  echo failed >"$outcome"
-  echo "run_transencoder.sh: the launch failed (see above). The same command again goes on from here." >&2
-fi
-[[ $next == summarize || $next == nothing ]] || exit 1
-rm -f "$outcome"
-[[ $next == summarize ]] || exit 0
-python "$here/summarize_run.py" "$run" || ended $? "the summary"
-# What goes wrong there it says itself, and how to push later.
-[[ ! $push ]] || python "$here/push_to_hub.py" "$run" </dev/null || true
+((${#runs[@]} < 4)) || python "$here/summarize_run.py" "${table[@]}" --output "$(dirname "$run")/results.md"
