@@ -45,14 +45,14 @@ def write_summary(run: Path, rounds: list[Round]) -> None:
     table, notes, made = table_of([rounds])
     best = keep_best(run, rounds)
     layout = Layout(run)
-    written = [f"{layout.table}", f"{layout.best('bi').parent}/"]
-    if rounds[0].values:
-        plot_progress(layout.plot, rounds)
-        written.insert(1, f"{layout.plot}")
     lines = "\n".join(f"- {line}" for line in best)
     write_text(layout.table, f"# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
     print(table)
     print("\n".join(best))
+    written = [f"{layout.table}", f"{layout.best('bi').parent}/"]
+    if rounds[0].values:  # last, as the library that draws may be missing
+        plot_progress(layout.plot, rounds)
+        written.insert(1, f"{layout.plot}")
     print(f"Written: {', '.join(written)}")
     log_next("scripts/search.py and scripts/find_duplicates.py use them, scripts/push_to_hub.py publishes them")
 

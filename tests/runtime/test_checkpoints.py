@@ -276,7 +276,7 @@ def test_checkpoints_of_another_backend_are_refused(trained, monkeypatch):
     output = str(kept.folder.parent)
     check_resumable(output, kept.accelerator)
     monkeypatch.setattr(checkpoints, "backend_name", lambda accelerator: "fsdp")
-    with pytest.raises(InputError, match=r"written under plain, this is fsdp.*--overwrite"):
+    with pytest.raises(InputError, match=r"written under plain, this is fsdp.*delete .* again"):
         check_resumable(output, kept.accelerator)
     monkeypatch.setattr(checkpoints, "backend_name", lambda accelerator: "deepspeed-zero2")
     path = kept.folder / "step-000006" / "manifest.json"
@@ -291,7 +291,7 @@ def test_checkpoints_of_an_older_version_are_refused(trained):
         manifest = json.loads(path.read_text())
         manifest["engine"] = manifest.pop("backend")  # as it was called then
         path.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"checkpoints were written by an older version.*--overwrite"):
+    with pytest.raises(InputError, match=r"checkpoints were written by an older version.*delete .* again"):
         check_resumable(str(kept.folder.parent), kept.accelerator)
 
 

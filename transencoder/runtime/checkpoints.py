@@ -125,9 +125,10 @@ def check_resumable(output_dir: str, accelerator: Accelerator) -> None:
     if newest is None:
         return
     backend, where = backend_name(accelerator), f"--output_dir {output_dir}: its checkpoints were written"
+    anew = f"delete {output_dir} and run the same command again"
     if "backend" not in newest:
-        raise InputError(f"{where} by an older version, whose models had other names; start anew with --overwrite")
-    advice = "launch it the same way, or start anew with --overwrite"
+        raise InputError(f"{where} by an older version, whose models had other names; {anew}")
+    advice = f"launch it the same way, or {anew}"
     if newest["backend"] != backend:
         raise InputError(f"{where} under {newest['backend']}, this is {backend}; {advice}")
     if backend.startswith("deepspeed") and newest["world_size"] != accelerator.num_processes:
