@@ -6,10 +6,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_tokenizer
+from conftest import launch, make_tokenizer, write_jsonl
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
@@ -244,6 +245,54 @@ def test_a_pair_scores_alone_as_in_a_batch_whatever_side_is_padded(telling_bert,
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
     assert np.allclose(ours(folder), right, atol=1e-6)
+
+
+# --- through the scripts ---------------------------------------------------------------------------------------------
+
+
+def test_a_label_and_prompts_are_options_of_scoring(telling_bert, tmp_path):
+    nli = classifier(telling_bert, tmp_path / "nli", ["contradiction", "entailment", "neutral"])
+    prompts = {"query": "my app ", "passage": "the order "}
+    bi = save(SentenceTransformer(modules=modules_of(telling_bert), prompts=prompts), tmp_path / "bi")
+    rows = [{"sentence1": first, "sentence2": second} for first, second in zip(FIRST, SECOND, strict=True)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    for encoder, words, options in (
+        (nli, ["--label", "entailment"], {"label": "entailment"}),
+        (bi, ["--prompt_name", "query", "passage"], {"prompt_names": ("query", "passage")}),
+        (bi, ["--prompt", "late "], {"prompts": ("late ",)}),
+    ):
+        output = tmp_path / "scores.parquet"
+        words += [
+            "--encoders",
+            encoder,
+            "--pairs",
+            pairs,
+            "--output",
+            output,
+            "--overwrite",
+            "--mixed_precision",
+            "no",
+        ]
+        result = launch("score_pairs.py", *words, direct=True)
+        assert result.returncode == 0, result.stderr
+        assert np.allclose(pq.read_table(output)["score"].to_numpy(), ours(encoder, **options), atol=1e-5)
+
+
+def test_search_encodes_queries_and_passages_with_their_prompts(telling_bert, tmp_path):
+    prompts = {"query": "my app ", "passage": "the order "}
+    bi = save(SentenceTransformer(modules=modules_of(telling_bert), prompts=prompts), tmp_path / "bi")
+    (tmp_path / "sentences.txt").write_text("\n".join(SECOND))
+    words = ["--bi_encoder", bi, "--index", tmp_path / "index", "--top_k", 5, "--output", tmp_path / "hits.jsonl"]
+    words += ["--query", FIRST[0], "--sentences", tmp_path / "sentences.txt", "--mixed_precision", "no"]
+    result = launch("search.py", *words, "--prompt_name", "query", "passage", direct=True)
+    assert result.returncode == 0, result.stderr
+    found = {hit["sentence"]: hit["score"] for hit in json.loads((tmp_path / "hits.jsonl").read_text())["hits"]}
+    model = SentenceTransformer(str(bi))
+    query, passages = model.encode(FIRST[:1], prompt_name="query"), model.encode(SECOND, prompt_name="passage")
+    expected = model.similarity(query, passages)[0].tolist()
+    assert [found[text.strip()] for text in SECOND] == pytest.approx(expected, abs=1e-4)
+    refused = launch("search.py", *words, "--prompt_name", "query", direct=True)
+    assert refused.returncode == 2 and "made with the prompts ['my app ', 'the order ']" in refused.stderr
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------
