@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     stage.begin(examples, f"{len(pairs)} pairs, {examples} examples")
 
     labels, held_out = pairs.labels(stage.inference)
-    encoder = load_cross_encoder(arguments.model_name_or_path, dropout=arguments.dropout)
+    encoder = load_cross_encoder(arguments.model_name_or_path, stage.options, arguments.dropout)
     targets = {"rescale": arguments.rescale, "negatives": arguments.negatives}
     rows = PairInputs(labels, encoder, arguments.max_length, pairs.swap, **targets)
 

@@ -19,6 +19,7 @@ from transencoder.errors import InputError, one_line_errors
 from transencoder.hub.export import ONNX_FILE, check_packages, export_onnx
 from transencoder.model_checks import check_encoders
 from transencoder.model_files import ModelOptions
+from transencoder.pooling import POOLINGS
 from transencoder.runtime.accelerator import log, quiet_libraries
 
 
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser = StageParser((), __doc__)
     parser.add_argument("encoder", help="folder or Hub id")
     parser.add_argument("output_dir", type=Path, help="new folder for the file and the tokenizer")
-    parser.add_argument("--pooling", choices=("cls", "mean"), help="only for a plain language model")
+    parser.add_argument("--pooling", choices=tuple(POOLINGS), help="only for a plain language model")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser.parse_args()
 

@@ -21,9 +21,10 @@ BLOCK_BYTES = 16 << 20
 
 
 def format_of(source: str) -> str:
-    """.txt, .tsv, .csv, .jsonl or .parquet; "" for anything else."""
+    """Return .txt, .tsv, .csv, .jsonl or .parquet; "" for anything else, a compressed Parquet file too."""
     suffix = Path(source.removesuffix(".gz")).suffix
-    return suffix if suffix in FORMATS else ""
+    known = FORMATS[:-1] if source.endswith(".gz") else FORMATS
+    return suffix if suffix in known else ""
 
 
 def check_file(source: str) -> None:
@@ -36,7 +37,7 @@ def check_file(source: str) -> None:
     if not os.access(path, os.R_OK):  # what is in the cache is not opened here, but by a stage
         raise InputError(f"{source}: cannot be read: Permission denied; give this user the right to it")
     if not format_of(source):
-        raise InputError(f"{source}: unknown format; known: {', '.join(FORMATS)}, each also with .gz")
+        raise InputError(f"{source}: unknown format; known: {', '.join(FORMATS)}, and all but the last also with .gz")
     if path.stat().st_size == 0:
         raise InputError(f"{source}: the file is empty")
 

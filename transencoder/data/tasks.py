@@ -261,11 +261,11 @@ def _from_hub(source: Source, split: str, gold: str | None) -> datasets.Dataset:
 
 def _log_size(name: str, source: Source, split: str, table: datasets.Dataset, gold: str | None) -> None:
     """Log the rows found and expected, and scores that are on another scale."""
-    expected, found = dict(source.rows)[split], f"{name}: {len(table)} rows"
+    expected, found = dict(source.rows).get(split), f"{name}: {len(table)} rows"
     lowest, highest = source.scale
     if expected == len(table):
         found += ", as expected"
-    else:
+    elif expected is not None:
         found += f", {expected} expected" + (f" ({source.note})" if source.note else "")
     if gold == "score":
         scores = np.asarray(table["score"])

@@ -210,7 +210,9 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         f"`{_shown(name)}`" + (f" (SHA-256 `{sum_}`)" if (sum_ := sums.get(name.rpartition("=")[2])) else "")
         for name in sources_of(arguments, labels)
     )
-    seen = f"{labels['rows']:,} distinct pairs" if labels else f"{run['examples']:,} distinct sentences"
+    seen = f"{run['examples']:,} {'examples' if labels else 'distinct sentences'}"
+    if labels.get("rows"):
+        seen = f"{labels['rows']:,} distinct pairs"
     lines.append(f"Data: {seen}, without labels, from {sources}")
     kept = f"Checkpoint: step {run['kept_step']} of {run['steps']}"
     if "dev" in run:
@@ -280,7 +282,9 @@ def label_metadata(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return {"rows": 0, "encoders": arguments.get("teachers") or []}
-    return {**read_metadata(path), "rows": pq.read_metadata(path).num_rows}
+    if path.suffix != ".parquet":  # somebody's own scores say nothing of where they come from
+        return {"rows": 0, "encoders": []}
+    return {**(read_metadata(path) or {}), "rows": pq.read_metadata(path).num_rows}
 
 
 def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:
