@@ -112,7 +112,7 @@ class LengthWindowSampler(Sampler[list[int]]):
 
 
 def make_loader(rows: Dataset, sampler: LengthWindowSampler) -> DataLoader:
-    """A loader whose batches the dataset pads itself, for `accelerator.prepare` with `split_batches=True`.
+    """Return a loader whose batches the dataset pads itself, for `accelerator.prepare` with `split_batches=True`.
 
     With a generator of its own it draws nothing from torch's, which a resumed run must find as it was.
     """

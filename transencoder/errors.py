@@ -89,7 +89,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def storage_error(error: BaseException | None, path: str | Path | None = None) -> InputError | FullDisk | None:
-    """What to tell if a full or closed disk is why `error` was raised, by whatever library; None if it is not.
+    """Return what to tell if a full or closed disk is why `error` was raised, by whatever library; else None.
 
     Args:
         path: what was being written; by default what the error itself says.
@@ -111,7 +111,7 @@ def storage_error(error: BaseException | None, path: str | Path | None = None) -
 
 
 def _number_in(text: str) -> int | None:
-    """The number in the text of an error from Rust (safetensors, tokenizers) or C++ (pyarrow)."""
+    """Return the number in the text of an error from Rust (safetensors, tokenizers) or C++ (pyarrow)."""
     found = re.search(r"os error (\d+)|\[errno (\d+)\]", text, re.IGNORECASE)
     return int(found.group(1) or found.group(2)) if found else None
 

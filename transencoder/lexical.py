@@ -23,7 +23,7 @@ NGRAMS = (2, 4)  # characters, inside words: word forms and spellings of one wor
 
 
 def lexical_scores(pairs: datasets.Dataset) -> np.ndarray:
-    """Cosine of the sentences' TF-IDF vectors over character n-grams; the n-grams' weights come from the pairs.
+    """Return the cosines of the sentences' TF-IDF vectors over character n-grams, weighted by the pairs' own counts.
 
     The vectors lie on disk while they are needed; in memory are the n-grams, and a few bytes for each pair.
 
@@ -48,7 +48,7 @@ def lexical_scores(pairs: datasets.Dataset) -> np.ndarray:
 
 
 def _fitted(sentences: datasets.Dataset) -> TfidfVectorizer | None:
-    """What `TfidfVectorizer.fit` gives, but without a matrix of all sentences; None if there is no n-gram at all."""
+    """Fit as `TfidfVectorizer.fit` does, but without a matrix of all sentences; None if there is no n-gram at all."""
     sklearn = load_optional("sklearn.feature_extraction.text")
     settings = dict(analyzer="char_wb", ngram_range=NGRAMS, dtype=np.float32)
     analyze, counts = sklearn.TfidfVectorizer(**settings).build_analyzer(), Counter()
@@ -85,7 +85,7 @@ class SparseRows:
         self._columns, self._values = np.memmap(paths[0], np.int32, "r"), np.memmap(paths[1], np.float32, "r")
 
     def at(self, rows: np.ndarray) -> csr_matrix:
-        """The vectors of `rows`: float32 [rows, n-grams]."""
+        """Return the vectors of `rows`: float32 [rows, n-grams]."""
         starts, sizes = self._ends[rows], self._ends[rows + 1] - self._ends[rows]
         ends = np.concatenate([[0], np.cumsum(sizes)])
         places = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], sizes)

@@ -33,7 +33,7 @@ class LossWatch:
         self.losses[(step - 1) % len(self.losses)] = loss
 
     def look(self, step: int, *others: torch.Tensor) -> tuple[tuple[int, float] | None, list[float]]:
-        """The first of the last steps up to `step` whose loss is not finite, and that loss; None where all are.
+        """Return the first of the last steps up to `step` whose loss is not finite, and that loss; None where all are.
 
         All processes call it. The second value are the means of the scalars `others` over the processes, which come
         along at no cost.
@@ -48,13 +48,13 @@ class LossWatch:
 
 
 def broken_weights(model: nn.Module) -> torch.Tensor:
-    """How many of this process's weights' tensors hold NaN or infinite values: a scalar on the device."""
+    """Count this process's weights' tensors that hold NaN or infinite values: a scalar on the device."""
     return torch.stack([(~part.isfinite().all()).float() for part in _parts_here(model)]).sum()
 
 
 @torch.no_grad()
 def _parts_here(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Each weight, or the part of it that this process holds (DeepSpeed ZeRO-3, FSDP)."""
+    """Yield each weight, or the part of it that this process holds (DeepSpeed ZeRO-3, FSDP)."""
     for parameter in model.parameters():
         part = getattr(parameter, "ds_tensor", parameter).detach()
         yield part.to_local() if isinstance(part, DTensor) else part

@@ -17,7 +17,7 @@ from transencoder.errors import InputError
 
 
 def select_by(arguments: TrainingArguments) -> str:
-    """ "dev", "agreement" or "last"; raises `InputError` for a choice by what is not there."""
+    """Return "dev", "agreement" or "last"; raises `InputError` for a choice by what is not there."""
     if arguments.select_by == "dev" and not arguments.dev:
         raise InputError("--select_by dev: needs labelled pairs, --dev FILE")
     if arguments.select_by == "agreement" and not isinstance(arguments, LabelArguments):
@@ -26,7 +26,7 @@ def select_by(arguments: TrainingArguments) -> str:
 
 
 def training_rows(rows: int, arguments: TrainingArguments) -> int:
-    """How many of `rows` pairs are left to train on once the held-out ones are taken away.
+    """Return how many of `rows` pairs are left to train on once the held-out ones are taken away.
 
     Raises:
         InputError: fewer than two, or more than half of the pairs would be held out.
@@ -57,7 +57,7 @@ def hold_out(labels: datasets.Dataset, arguments: TrainingArguments) -> tuple[da
 
 
 def agreement(first: Path, second: Path) -> float:
-    """Spearman's rho, -1 to 1, between two files of scores of the same pairs; NaN where one has a single score.
+    """Return Spearman's rho, -1 to 1, between two files of scores of the same pairs; NaN where one is constant.
 
     Raises:
         InputError: a file that is not one of scores, or files of different pairs.
@@ -73,7 +73,7 @@ def agreement(first: Path, second: Path) -> float:
 
 
 def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of a file, float [pairs], and for each pair the number by which it is known, uint64 [pairs]."""
+    """Read the scores of a file, float [pairs], and the number by which each pair is known, uint64 [pairs]."""
     if not path.is_file():  # a pipe would be waited for
         raise InputError(f"{path}: not a file of scores, nor any other file")
     scores, pairs = [], []

@@ -55,11 +55,11 @@ class Progress:
     resumed_at: list[int] = field(default_factory=list)
 
     def mean_loss(self) -> torch.Tensor:
-        """Of this process, since the last evaluation."""
+        """Return the mean of this process since the last evaluation."""
         return self.loss_sum / max(self.loss_count, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps. All processes call it: the loss is their mean, since their number may change."""
+        """Return what a checkpoint keeps. All processes call it: the loss is their mean, as their number may vary."""
         return dict(vars(self), loss_sum=reduce(self.loss_sum, "mean").item())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Trainer:
         return self.outcome(rate)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """The batches that are still to come, each as its micro-batches."""
+        """Yield the batches that are still to come, each as its micro-batches."""
         while self.progress.step < self.total_steps:
             self.sampler.epoch = self.rows.epoch = self.progress.step // self.sampler.batches
             done = self.progress.step % self.sampler.batches * self.micro_batches
@@ -160,7 +160,7 @@ class Trainer:
                     break
 
     def train_step(self, micro_batches: list[Batch]) -> None:
-        """Forward and backward of a batch's micro-batches, and one optimizer step."""
+        """Do the forward and backward passes of a batch's micro-batches, and one optimizer step."""
         accelerator, progress = self.accelerator, self.progress
         if len(micro_batches) > 1 and hasattr(self.loss_of, "look_ahead"):
             self.loss_of.look_ahead(self.model, micro_batches)
@@ -184,7 +184,7 @@ class Trainer:
             self.report(loss, norm)
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Progress bar and trackers, every `LOG_STEPS` steps."""
+        """Update the progress bar and the trackers, every `LOG_STEPS` steps."""
         step, (value,) = self.progress.step, self.checked(loss.detach())
         self.bar.set_postfix(loss=f"{value:.4f}")
         values = {
@@ -196,7 +196,7 @@ class Trainer:
         self.accelerator.log(values, step=step)
 
     def checked(self, *values: torch.Tensor) -> list[float]:
-        """The means of scalars over the processes, once the losses of the last steps are known to be finite.
+        """Return the means of scalars over the processes, once the losses of the last steps are known to be finite.
 
         Raises:
             BrokenRun: one is not; the message names the step, its batch and the last checkpoint.
@@ -228,12 +228,12 @@ class Trainer:
         )
 
     def examples_per_second(self) -> float:
-        """The mean since this process began to train; evaluation and checkpoints are not counted."""
+        """Return the mean since this process began to train; evaluation and checkpoints are not counted."""
         seconds = time.perf_counter() - self.started - self.pauses
         return (self.progress.step - self.first_step) * self.arguments.total_batch_size / seconds
 
     def is_time_to_evaluate(self) -> bool:
-        """Every `eval_steps`, and at each epoch's end."""
+        """Return whether to evaluate: every `eval_steps`, and at each epoch's end."""
         step = self.progress.step
         return step % self.arguments.eval_steps == 0 or step % self.sampler.batches == 0 or step == self.total_steps
 
@@ -293,7 +293,7 @@ class Trainer:
         end(self.accelerator)
 
     def outcome(self, examples_per_second: float) -> dict[str, Any]:
-        """What happened, for run.json."""
+        """Return what happened, for run.json."""
         progress = self.progress
         best = {}
         if self.keep_best:
@@ -314,7 +314,7 @@ class Trainer:
 
 
 def make_optimizer(model: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """AdamW, fused; no weight decay on biases and norms."""
+    """Return AdamW, fused; no weight decay on biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": arguments.weight_decay},

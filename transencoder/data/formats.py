@@ -43,7 +43,7 @@ def check_file(source: str) -> None:
 
 
 def column_names(source: str) -> list[str]:
-    """The columns of a file, from its first row; none for .txt. Raises `InputError` if it cannot be read."""
+    """Return a file's columns, from its first row; none for .txt. Raises `InputError` if it cannot be read."""
     check_file(source)
     format_ = format_of(source)
     try:
@@ -64,7 +64,7 @@ def column_names(source: str) -> list[str]:
 
 
 def theirs_of(name: str, renaming: dict[str, str], found: list[str]) -> str:
-    """What a file with the columns `found` calls our column: a renaming is for the files that have such a column."""
+    """Return what a file with the columns `found` calls our column. Files without a renamed column keep our name."""
     return renaming[name] if name in renaming and renaming[name] in found else name
 
 
@@ -83,7 +83,7 @@ def require_columns(source: str, theirs: list[str], found: list[str]) -> None:
 
 
 def read_batches(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> Iterator[pa.RecordBatch]:
-    """Pieces of a file with the `wanted` columns, under our names, unchecked."""
+    """Yield blocks of a file with the `wanted` columns, under our names, unchecked."""
     theirs = [theirs_of(name, renaming, column_names(source)) for name in wanted]
     readers = {".txt": _read_text, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
     reader = readers.get(format_of(source), _read_delimited)
@@ -105,7 +105,7 @@ def _open(source: str) -> pa.NativeFile:
 
 
 def _read_text(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
-    """A sentence, or `sentence1||sentence2`, a line. A blank line is an empty sentence, which the check refuses."""
+    """Yield a sentence, or `sentence1||sentence2`, a line. A blank line is an empty sentence: the check refuses it."""
     with _open(source) as stream:
         lines: list[list[str]] = []
         for number, line in enumerate(_lines(stream), start=1):
@@ -150,7 +150,7 @@ def _read_delimited(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _read_jsonl(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
-    """One object a line; fields that nobody asked for are ignored."""
+    """Yield one object a line; fields that nobody asked for are ignored."""
     numeric = {"score", "label"}
     schema = pa.schema([(name, pa.float64() if name in numeric else pa.string()) for name in theirs])
     try:

@@ -46,7 +46,7 @@ CACHE_VERSION = 2  # raise it when what is written to the cache changes
 
 
 def read_sentences(sources: list[str], columns: list[str] | None = None) -> datasets.Dataset:
-    """The distinct sentences of all `sources`, in order of first appearance, as the column `sentence`.
+    """Read the distinct sentences of all `sources`, in order of first appearance, as the column `sentence`.
 
     A file of pairs gives the sentences of both its columns. Repeated sentences are left out: as one another's in-batch
     negatives they would be pushed apart. Raises `InputError` as `read_pairs` does.
@@ -55,19 +55,19 @@ def read_sentences(sources: list[str], columns: list[str] | None = None) -> data
 
 
 def sentence_parts(source: str, columns: list[str] | None) -> list[datasets.Dataset]:
-    """The column `sentence` of a source, or one for each side of its pairs; repeats included."""
+    """Read the column `sentence` of a source, or one for each side of its pairs; repeats included."""
     if not is_hub_id(source) and _holds_pairs(source, parse_renaming(columns)):
         return sides(_cached_table(source, PAIRS, columns))
     return [_cached_table(source, SENTENCES, columns)]
 
 
 def sides(pairs: datasets.Dataset) -> list[datasets.Dataset]:
-    """Both sides of pairs, each as the column `sentence`."""
+    """Return both sides of pairs, each as the column `sentence`."""
     return [pairs.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
 
 
 def join_sentences(parts: list[datasets.Dataset], sources: list[str]) -> datasets.Dataset:
-    """The distinct sentences of `parts`. `sources`: how an error names them."""
+    """Return the distinct sentences of `parts`. `sources`: how an error names them."""
     table = datasets.concatenate_datasets(parts)
     _check_two_distinct(table, SENTENCES, sources)
     return without_repeats(table)
@@ -98,14 +98,14 @@ def read_pairs(
 
 
 def sample(table: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:
-    """A random subset of `size` rows, in their order; all of them if `size` is None or larger."""
+    """Return a random subset of `size` rows, in their order; all of them if `size` is None or larger."""
     if size is None or size >= len(table):
         return table
     return table.select(np.sort(np.random.default_rng(seed).choice(len(table), size, replace=False)))
 
 
 def without_repeats(table: datasets.Dataset) -> datasets.Dataset:
-    """The first of each set of equal rows, told by 64-bit hashes: a few bytes a row, however long the text."""
+    """Return the first of each set of equal rows, told by 64-bit hashes: a few bytes a row, however long the text."""
     hashes = np.empty(len(table), dtype=np.uint64)
     for start, block in blocks(table):
         hashes[start : start + len(block)] = row_hashes(block)
@@ -114,7 +114,7 @@ def without_repeats(table: datasets.Dataset) -> datasets.Dataset:
 
 
 def row_hashes(block: pa.Table) -> np.ndarray:
-    """A number for each row, by which equal rows are known: uint64 [rows].
+    """Return a number for each row, by which equal rows are known: uint64 [rows].
 
     Two of 10 million different rows share one with a probability of 3e-6.
     """
@@ -126,7 +126,7 @@ def row_hashes(block: pa.Table) -> np.ndarray:
 
 
 def blocks(table: datasets.Dataset, rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
-    """A table from its first row to its last, `rows` (by default `BLOCK_ROWS`) at a time: the number of the block's
+    """Yield a table, `rows` (by default `BLOCK_ROWS`) at a time: the number of the block's
     first row, from 0, and the block.
 
     The rows of a selection are gathered by Arrow, which takes a hundredth of the time that `Dataset.iter` does.
@@ -163,7 +163,7 @@ def release_pages() -> None:
 
 
 def numbers(table: datasets.Dataset, name: str, dtype: type = np.float64) -> np.ndarray:
-    """A numeric column as one array [rows], without a Python object for each row."""
+    """Return a numeric column as one array [rows], without a Python object for each row."""
     values = np.empty(len(table), dtype=dtype)
     for start, block in blocks(table):
         values[start : start + len(block)] = block[name].to_numpy()
@@ -171,19 +171,19 @@ def numbers(table: datasets.Dataset, name: str, dtype: type = np.float64) -> np.
 
 
 def _holds_pairs(source: str, renaming: dict[str, str]) -> bool:
-    """Whether a file has two sentences a row, and no column of sentences."""
+    """Return whether a file has two sentences a row, and no column of sentences."""
     found = column_names(source)
     pairs = all(theirs_of(name, renaming, found) in found for name in PAIRS)
     return pairs and theirs_of("sentence", renaming, found) not in found
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` names a Hub repository rather than a path."""
+    """Return whether `source` names a Hub repository rather than a path."""
     return bool(HUB_ID.match(source)) and not Path(source).exists() and not format_of(source)
 
 
 def _cached_table(source: str, wanted: tuple[str, ...], columns: list[str] | None) -> datasets.Dataset:
-    """One source as a memory-mapped table of the `wanted` columns, read and checked on first sight only."""
+    """Return one source as a memory-mapped table of the `wanted` columns, read and checked on first sight only."""
     renaming = parse_renaming(columns)
     if is_hub_id(source):
         return _from_hub(source, wanted, renaming)
@@ -194,14 +194,14 @@ def _cached_table(source: str, wanted: tuple[str, ...], columns: list[str] | Non
 
 
 def cache_key(*parts: Any) -> str:
-    """A name for a cache file, from everything its content depends on."""
+    """Return a name for a cache file, from everything its content depends on."""
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:32]
 
 
 def _through_cache(
     key: str, source: str, batches: Callable[[], Iterator[pa.RecordBatch]], wanted: tuple[str, ...]
 ) -> datasets.Dataset:
-    """The table of this key, written first if it is not there yet."""
+    """Return the table of this key, written first if it is not there yet."""
     cached = cache_folder() / f"{key}.arrow"
     with local_main_process_first():
         if not cached.exists():
@@ -210,7 +210,7 @@ def _through_cache(
 
 
 def cache_folder() -> Path:
-    """Where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
+    """Return where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trans-encoder"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], w
 
 
 def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> datasets.Dataset:
-    """A split of a Hub dataset, `ORG/NAME:split@revision` (default: train, main)."""
+    """Load a split of a Hub dataset, `ORG/NAME:split@revision` (default: train, main)."""
     name, _, revision = source.partition("@")
     name, _, split = name.partition(":")
     table = load_split(name, split or "train", revision=revision or None)
@@ -250,7 +250,7 @@ def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) ->
 
 
 def check_hub_table(table: datasets.Dataset, source: str, wanted: tuple[str, ...]) -> datasets.Dataset:
-    """A table from the Hub with the `wanted` columns, checked as files are. `source`: how an error names it."""
+    """Return a Hub table with the `wanted` columns, checked as files are. `source`: how an error names it."""
     chunks = table.with_format("arrow").iter(100_000)
     return _through_cache(
         cache_key(table._fingerprint, wanted),
@@ -261,7 +261,7 @@ def check_hub_table(table: datasets.Dataset, source: str, wanted: tuple[str, ...
 
 
 def _check_two_distinct(table: datasets.Dataset, names: tuple[str, ...], sources: list[str]) -> None:
-    """A single sentence, however often it stands there, has nothing to be compared with."""
+    """Refuse a single sentence, however often it stands there: it has nothing to be compared with."""
     first = table[0][names[0]]
     for name in names:
         for chunk in table.data.column(name).chunks:

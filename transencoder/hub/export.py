@@ -44,7 +44,7 @@ class Exported(nn.Module):
         self.encoder, self.names = encoder, names
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        """As the encoder's: embeddings float32 [n, d], not normalised, or logits float32 [n]."""
+        """Return what the encoder does: embeddings float32 [n, d], not normalized, or logits float32 [n]."""
         return self.encoder(**dict(zip(self.names, values, strict=True)))
 
 

@@ -105,7 +105,7 @@ def remember(folder: Path, target: HubTarget) -> None:
 
 
 def recall(folder: Path) -> HubTarget | None:
-    """What `remember` noted, if anything.
+    """Return what `remember` noted, if anything.
 
     Raises:
         InputError: it cannot be read.
@@ -199,7 +199,7 @@ def upload(api: HfApi, repository: Repository, version: Version, target: HubTarg
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in one line; without the token, should a server have repeated it."""
+    """Say what went wrong in one line; without the token, should a server have repeated it."""
     text = str(error)
     if not isinstance(error, InputError | HfHubHTTPError):  # whose text says it all
         text = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
@@ -220,7 +220,7 @@ def push_stage(arguments: HubArguments) -> None:
 
 
 def stage_repository(folder: Path, target: HubTarget) -> Repository:
-    """The repository of a single stage's model.
+    """Return the repository of a single stage's model.
 
     Raises:
         InputError: the folder's run.json is not that of a training stage.
@@ -243,7 +243,7 @@ def stage_repository(folder: Path, target: HubTarget) -> Repository:
 
 
 def first_model(arguments: dict[str, Any]) -> str:
-    """The language model that a stage's start goes back to."""
+    """Return the language model that a stage's start goes back to."""
     name = arguments["model_name_or_path"]
     run = Path(name) / RUN_FILE
     return first_model(json.loads(run.read_text(encoding="utf-8"))["arguments"]) if run.is_file() else name

@@ -43,7 +43,7 @@ def check_run_target(target: HubTarget, plan: Plan) -> None:
 
 
 def run_repositories(run: Path, target: HubTarget) -> list[Repository]:
-    """What should be on the Hub of a run, as far as it has come.
+    """Return what should be on the Hub of a run, as far as it has come.
 
     Raises:
         InputError: not a run of the driver.
@@ -63,7 +63,7 @@ def run_repositories(run: Path, target: HubTarget) -> list[Repository]:
 
 
 def _is_made_here(round_: Round, student: Student) -> bool:
-    """A start that the recipe names is somebody else's, and is not published."""
+    """Return whether the run made it: a start that the recipe names is somebody else's, and is not published."""
     return round_.cycle > 0 or not student.bi_encoder
 
 
@@ -116,7 +116,7 @@ def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
 
 
 def lineage(rounds: list[Round], this: Round, best: Round) -> str:
-    """The run's table so far, and where in it a model stands."""
+    """Return the run's table so far, and where in it a model stands."""
     dev = dev_of(rounds)
     why = f"the best on `{dev}`" if dev else "the latest"
     place = f"This is *{this.step}*" + (f" of {this.student}" if len({r.student for r in rounds}) > 1 else "")
@@ -127,13 +127,13 @@ def lineage(rounds: list[Round], this: Round, best: Round) -> str:
 
 
 def selection_note(rounds: list[Round]) -> str:
-    """What the dev set was used for."""
+    """Say what the dev set was used for."""
     dev = dev_of(rounds)
     return f"`{dev}` was used for choosing: its figures are no test results. " if dev else ""
 
 
 def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
-    """How many test pairs were, without their scores, among the training pairs."""
+    """Say how many test pairs were, without their scores, among the training pairs."""
     if not plan.tasks:
         return ""
     columns = {**recipe.get("common", {}), **recipe.get("evaluate_encoders", {})}.get("columns")

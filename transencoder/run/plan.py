@@ -192,7 +192,7 @@ def _check_students(plan: Plan, where: str) -> None:
 
 
 def _named_as_dev(spec: str) -> str:
-    """The dev set's spec with ".dev" in its name, by which tables and the choice of the best model know it."""
+    """Return the dev set's spec with ".dev" in its name, by which tables and the choice of the best model know it."""
     name, split, path = parse_spec(spec)
     return spec if split == "dev" or path is None else f"{name}.dev={path}"
 

@@ -106,7 +106,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def _round(run: Path, cycle: int, kind: str, student: Student, results: list[dict[str, Any]]) -> Round:
-    """One encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
+    """Return one encoder's results. Its folder is found by where the driver puts it, so that a run can be moved."""
     inside = encoder_place(cycle, kind, student.name)
     ready = student.bi_encoder if not cycle else None
     own = [
@@ -129,7 +129,7 @@ def _ensembles(cycle: int, results: list[dict[str, Any]]) -> list[Round]:
 
 
 def _values(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Task title -> primary metric."""
+    """Return the primary metrics by the titles of their tasks."""
     return {
         title(entry["task"], entry["split"]): math.nan if entry["value"] is None else entry["value"]
         for entry in results
@@ -201,7 +201,7 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
 
 
 def plot_progress(path: Path, rounds: list[Round]) -> None:
-    """A PNG of score against half-cycle: one panel for each student, one line for each test set (else the dev set)."""
+    """Plot score against half-cycle as a PNG: a panel for each student, a line for each test set, else the dev set."""
     students = list(dict.fromkeys(r.student for r in rounds if r.path))
     figure_class = load_optional("matplotlib.figure").Figure
     figure = figure_class(figsize=(1.5 + 4.5 * len(students), 4), layout="constrained")
