@@ -170,6 +170,12 @@ def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(scope="session")
+def step1(tiny_bert, corpus) -> list:
+    """The options that train_contrastive.py cannot do without; the output folder comes after them."""
+    return ["--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt", "--output_dir"]
+
+
 def write_corpus(folder: Path) -> Path:
     (folder / "sentences.txt").write_text("\n".join(random_sentences(96)) + "\n", encoding="utf-8")
     pairs = random_pairs(64)

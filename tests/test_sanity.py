@@ -263,15 +263,8 @@ def test_the_labels_of_a_pool_are_never_read(tmp_path, corpus):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_where_the_training_breaks_down(tmp_path, tiny_bert, corpus):
-    words = [
-        "--model_name_or_path",
-        tiny_bert,
-        "--sentences",
-        corpus / "sentences.txt",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+def test_two_processes_stop_together_where_the_training_breaks_down(step1, tmp_path):
+    words = [*step1, tmp_path / "out"]
     words += [
         "--learning_rate",
         "1e30",

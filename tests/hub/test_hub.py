@@ -530,15 +530,8 @@ def test_a_folder_that_was_not_made_here_is_refused(corpus, run_script):
     assert result.returncode == 2 and "neither a run" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_flags_that_do_not_go_together_are_refused(run, tiny_bert, corpus, tmp_path, run_script):
-    words = [
-        "--model_name_or_path",
-        tiny_bert,
-        "--sentences",
-        corpus / "sentences.txt",
-        "--output_dir",
-        tmp_path / "o",
-    ]
+def test_flags_that_do_not_go_together_are_refused(run, step1, tmp_path, run_script):
+    words = [*step1, tmp_path / "o"]
     result = run_script("train_contrastive.py", *words, "--push_to_hub")
     assert result.returncode == 2 and "--hub_model_id" in result.stderr
     recipe = run / "recipe.yaml"

@@ -69,18 +69,9 @@ def test_tensorboard_gets_the_curves_the_options_and_the_whole_table(tiny_bert, 
     assert [value for points in scalars(output).values() for _, value in points] == pytest.approx(values)
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(
-    tiny_bert, corpus, tmp_path, monkeypatch, run_script
-):
+def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(step1, tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: hide(name, find))
-    words = [
-        "--model_name_or_path",
-        tiny_bert,
-        "--sentences",
-        corpus / "sentences.txt",
-        "--output_dir",
-        tmp_path / "o",
-    ]
+    words = [*step1, tmp_path / "o"]
     for tracker, advice in (
         ("trackio", "pip install trackio"),
         ("all", "pip install tensorboard or wandb or trackio"),

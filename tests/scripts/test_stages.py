@@ -181,20 +181,11 @@ def test_bi_encoder_learns_from_teachers_given_as_folders(start, cross, corpus, 
 
 
 @pytest.mark.slow
-def test_a_run_of_its_own_is_not_done_twice_and_another_one_is_refused(start, tiny_bert, corpus):
+def test_a_run_of_its_own_is_not_done_twice_and_another_one_is_refused(start, step1, tiny_bert, corpus):
     before = (start / "model.safetensors").stat().st_mtime_ns
     train_start(tiny_bert, corpus, start)
     assert (start / "model.safetensors").stat().st_mtime_ns == before
-    words = [
-        "--model_name_or_path",
-        tiny_bert,
-        "--sentences",
-        corpus / "sentences.txt",
-        "--output_dir",
-        start,
-        "--seed",
-        5,
-    ]
+    words = [*step1, start, "--seed", 5]
     refused(
         launch("train_contrastive.py", *words, direct=True), str(start), "holds another run's results", "--overwrite"
     )
