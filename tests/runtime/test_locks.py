@@ -35,3 +35,11 @@ def test_where_no_lock_can_be_made_nothing_is_locked(tmp_path):
     lock(tmp_path / "none" / "run")
     unlock(tmp_path / "none" / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_where_the_lock_belongs_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".run.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match=r"\.run\.lock: a symbolic link"):
+        lock(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "mine"

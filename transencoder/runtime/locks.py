@@ -20,16 +20,20 @@ def lock(output: Path) -> None:
     the file system knows no locks, nothing is locked.
 
     Raises:
-        InputError: another process is at work there, such as one whose launcher was killed and which was not.
+        InputError: another process is at work there, such as one whose launcher was killed and which was not; or the
+            lock's name is taken by a symbolic link.
     """
     path = _path(output)
     if path in _held or not path.parent.is_dir():
         return
+    if path.is_symlink():  # its target would be overwritten
+        raise InputError(f"{path}: a symbolic link, where a lock file belongs; delete it")
     found = FileLock(path)
     try:
         found.acquire(blocking=False)
         _held[path] = found
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        with open(os.open(path, os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)), "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
         holder = path.read_text(encoding="utf-8") or "another process"
         raise InputError(f"{output}: {holder} is at work there; wait until it is done, or end it first") from None
