@@ -1,11 +1,13 @@
 """What a stage leaves on disk."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
@@ -50,6 +52,37 @@ def test_json_is_written_as_utf_8_and_nothing_else_is_left(tmp_path):
     assert names(tmp_path) == ["a.json"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="two folders change places in one step there only")
+def test_a_folder_that_is_replaced_is_there_at_every_moment(tmp_path, monkeypatch):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "old").touch()
+
+    def rename_and_die(source, target, rename=os.replace):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", rename_and_die)
+    with contextlib.suppress(KeyboardInterrupt), replacing(tmp_path / "index") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert names(tmp_path) == ["index"] and names(tmp_path / "index") == ["new"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path, there):
+    target = tmp_path / "disk" / "target"
+    target.parent.mkdir()
+    if there:
+        target.mkdir()
+        (target / "old").touch()
+    (tmp_path / "link").symlink_to(target)
+    with replacing(tmp_path / "link") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert names(tmp_path / "link") == ["new"] and names(tmp_path) == ["disk", "link"]
+    assert not there or (names(target.parent) == ["target"] and names(target) == ["new"])
+
+
 @pytest.mark.parametrize("content", [{1, 2}, "half a character: \ud83d"], ids=["not JSON", "not UTF-8"])
 def test_json_that_cannot_be_written_leaves_the_old_file_as_it_was(tmp_path, content):
     write_json(tmp_path / "a.json", "old")
@@ -89,8 +122,9 @@ def test_what_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path, kind):
     assert names(tmp_path) == ["best"]
 
 
-def test_an_old_folder_is_missing_for_no_longer_than_a_rename(tmp_path, monkeypatch):
+def test_where_folders_cannot_change_places_one_is_missing_for_no_longer_than_a_rename(tmp_path, monkeypatch):
     """The old one goes when the new one is whole, and is deleted when the new one is in its place."""
+    monkeypatch.setattr("transencoder.runtime.files._exchanged", lambda new, old: False)
     target, seen, replace, rmtree = tmp_path / "best", [], os.replace, shutil.rmtree
     write_folder(target, "old")
 

@@ -1,5 +1,6 @@
 """What a stage leaves on disk. A result appears under its name only when it is whole."""
 
+import ctypes
 import glob
 import hashlib
 import json
@@ -14,6 +15,8 @@ from typing import Any
 import psutil
 
 from transencoder.errors import writing
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: relative paths are the process's; two names change places
 
 # Whatever a saved model consists of: an overwritten bi-encoder must not leave its modules.json to a cross-encoder.
 MODEL_FILES = (
@@ -67,9 +70,11 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write a file or a folder that takes the place of `path` once it is whole.
 
-    It has the same name in a temporary folder beside `path`. After an error or a kill, `path` is as it was before. An
-    old folder is gone only between two renames. What killed processes of this machine left behind is deleted.
+    It has the same name in a temporary folder beside `path`. After an error or a kill, `path` is as it was before.
+    Folders change places in one step, where the system can do that; elsewhere the old one is gone between two renames.
+    What killed processes of this machine left behind is deleted. A link to a folder stays, and its target is replaced.
     """
+    path = path.resolve() if path.is_dir() else path
     # Students on several machines may write the same recipe at the same time.
     before, after = f".{path.name}.{socket.gethostname()}.", ".tmp"
     folder = path.with_name(f"{before}{os.getpid()}{after}")
@@ -77,15 +82,25 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             yield folder / path.name
-            if path.is_dir():
-                os.replace(path, folder / f"{path.name}.old")
-            os.replace(folder / path.name, path)
+            new = folder / path.name
+            if not _exchanged(new, path):
+                if path.is_dir() or (new.is_dir() and path.is_symlink()):
+                    os.replace(path, folder / f"{path.name}.old")
+                os.replace(new, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     for left in path.parent.glob(f"{glob.escape(before)}*{after}"):
         number = left.name.removeprefix(before).removesuffix(after)
         if number.isdecimal() and not psutil.pid_exists(int(number)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(new: Path, old: Path) -> bool:
+    """Let two folders change places in one step; returns whether that was done, as Linux can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None or not old.is_dir() or not new.is_dir():
+        return False
+    return rename(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0
 
 
 def place_model(source: Path, target: Path) -> None:
