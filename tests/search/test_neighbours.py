@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from transencoder.search import neighbours
-from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index
+from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index, words_of
 
 
 def unit_rows(rows, dimensions=16, clusters=None, seed=0):
@@ -21,6 +21,26 @@ def test_lexical_neighbours_share_words_and_rare_ones_count_most():
     assert found[0].tolist() == [1, 0, -1, -1]
     assert found[1][0] == 2 and set(found[1][1:].tolist()) == {0, 1, 3}  # all have "the", one has "barks"
     assert (found[2:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("sentence", "words"),
+    [
+        ("The  Cat's iPhone-15!", ["the", "cat", "s", "iphone", "15"]),
+        ("मेरा पार्सल कहाँ है।", ["मेरा", "पार्सल", "कहाँ", "है"]),  # vowel signs belong to their word
+        ("我的iPhone密码", ["我的", "iphone", "密码"]),
+        ("账号密码。还", ["账号", "号密", "密码", "还"]),
+        ("می‌خواهم", ["میخواهم"]),  # a joiner without width
+        ("?!", []),
+    ],
+)
+def test_words_are_found_in_every_script(sentence, words):
+    assert words_of(sentence) == words
+
+
+def test_lexical_neighbours_of_chinese_sentences_share_characters():
+    index = LexicalIndex(["账号密码还没有收到请帮忙", "退款申请什么时候上个月", "账号密码打不开了谢谢"])
+    assert index.search(["账号密码还没有收到谢谢"], 3).tolist() == [[0, 2, -1]]
 
 
 def test_more_lexical_neighbours_than_there_are_sentences_are_missing():

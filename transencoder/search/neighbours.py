@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +19,23 @@ ROWS_AT_ONCE = 200_000  # vectors that are in memory while the index of more of 
 MOST_CLUSTERS = 8192
 CLUSTERS_SEARCHED = 32
 SAMPLES_PER_CLUSTER = 40  # FAISS warns below 39
-WORDS = r"(?u)\b\w+\b"
+# Characters of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Kana and Han.
+UNSPACED = re.compile(
+    r"([\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)"
+)
 # What finds the most similar vectors, by the similarity of a bi-encoder. FAISS has no index of Manhattan distances.
 METRICS = {"cosine": "METRIC_INNER_PRODUCT", "dot": "METRIC_INNER_PRODUCT", "euclidean": "METRIC_L2"}
 
 
 class LexicalIndex:
-    """Sentences by their words, all in memory: meant for 100,000 of them.
+    """Sentences by their words (see `words_of`), all in memory: meant for 100,000 of them.
 
     No words are left out as too frequent, which would need to know the language: BM25 gives them next to no weight.
     """
 
     def __init__(self, sentences: list[str]):
         self.size = len(sentences)
-        words = _words(sentences)
+        words = [words_of(sentence) for sentence in sentences]
         self._index = load_optional("bm25s").BM25() if any(words) else None
         if self._index:
             self._index.index(words, show_progress=False)
@@ -43,14 +48,33 @@ class LexicalIndex:
         """
         found = np.full((len(queries), k), -1, dtype=np.int64)
         if self._index:
-            rows, scores = self._index.retrieve(_words(queries), k=min(k, self.size), show_progress=False)
+            words = [words_of(query) for query in queries]
+            rows, scores = self._index.retrieve(words, k=min(k, self.size), show_progress=False)
             found[:, : rows.shape[1]] = np.where(scores > 0, rows, -1)
         return found
 
 
-def _words(sentences: list[str]) -> list[list[str]]:
-    bm25s = load_optional("bm25s")
-    return bm25s.tokenize(sentences, token_pattern=WORDS, stopwords=None, return_ids=False, show_progress=False)
+class _Letters(dict):
+    """A table for `str.translate`: letters, marks and digits stay, joiners inside words go, all else separates."""
+
+    def __missing__(self, code: int) -> int | str | None:
+        category = unicodedata.category(chr(code))
+        self[code] = code if category[0] in "LMN" else None if category == "Cf" else " "
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
+def words_of(sentence: str) -> list[str]:
+    """Return the words of a sentence in any script; where words have no spaces between them, pairs of characters."""
+    words = []
+    for run in UNSPACED.split(sentence.lower().translate(_LETTERS)):
+        if UNSPACED.match(run):
+            words += [run[place : place + 2] for place in range(max(1, len(run) - 1))]
+        else:
+            words += run.split()
+    return words
 
 
 def vector_index(vectors: np.ndarray, folder: Path, seed: int, similarity: str = "cosine") -> faiss.Index:
