@@ -47,7 +47,8 @@ def test_a_mix_is_sources_with_shares():
 @pytest.mark.parametrize(
     "words",
     [["near=1"], ["lexical"], ["lexical=0"], ["lexical=-1"], ["random=inf"], ["random:1-2=1"], ["nearest:3=1"],
-     ["nearest:4-3=1"], ["nearest:0-3=1"], ["random=1", "random=2"], ["lexical=1", "lexical:1-10=1"]],
+     ["nearest:4-3=1"], ["nearest:0-3=1"], ["nearest:1-99999999999999999999=1"], ["random=1e308"],
+     ["random=1", "random=2"], ["lexical=1", "lexical:1-10=1"]],
 )  # fmt: skip
 def test_what_is_no_mix_is_refused(words):
     with pytest.raises(InputError, match="--mix"):

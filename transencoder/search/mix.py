@@ -13,6 +13,8 @@ from transencoder.errors import InputError
 
 PAIRS_PER_SENTENCE = 4  # unless the number of pairs is given
 BAND = (1, 10)  # ranks of a source that names none
+LAST_RANK = 10_000  # neighbours of a sentence that are held in memory, for thousands of sentences at a time
+LARGEST_SHARE = 1e9  # the shares can be added up
 SOURCE = re.compile(r"(lexical|nearest)(?::(\d+)-(\d+))?|random")
 
 
@@ -82,11 +84,11 @@ def parse_mix(words: list[str] | None) -> list[Source]:
             amount = float(share)
         except ValueError:
             amount = math.nan
-        if not match or not 0 < amount < math.inf:
+        if not match or not 0 < amount <= LARGEST_SHARE:
             raise InputError(f"--mix {word}: must be SOURCE=SHARE: lexical=1 nearest:4-20=0.5 random=1 (see --help)")
         low, high = (int(match[2]), int(match[3])) if match[2] else BAND
-        if not 1 <= low <= high:
-            raise InputError(f"--mix {word}: the ranks must go from 1 or more upwards")
+        if not 1 <= low <= high <= LAST_RANK:
+            raise InputError(f"--mix {word}: the ranks must go upwards, from 1 or more to at most {LAST_RANK}")
         sources.append(Source(match[1] or "random", low, high, amount))
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
