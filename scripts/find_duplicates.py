@@ -26,10 +26,9 @@ from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.files import write_text
 from transencoder.runtime.optional import load_optional
-from transencoder.runtime.shards import Shards
 from transencoder.scoring import Teachers
 from transencoder.search.clusters import candidate_pairs, communities
-from transencoder.search.index import check_searchable, index_metadata
+from transencoder.search.index import check_searchable, vector_shards
 from transencoder.search.neighbours import vector_index
 
 
@@ -49,9 +48,8 @@ def main() -> None:
     sentences = read_sentences(arguments.sentences, arguments.columns)
     accelerator = start(arguments)
 
-    metadata = {**index_metadata(arguments.bi_encoder, options), "sentences": len(sentences)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    shards = Shards(output, metadata, arguments.shard_rows, accelerator)
+    shards = vector_shards(output, sentences, arguments, accelerator)
     inference = Inference(accelerator, arguments.eval_batch_tokens)
     encoder = inference.load(arguments.bi_encoder, options)
     check_searchable(encoder)

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from transencoder.config.arguments import LabelArguments
 from transencoder.data.pools import input_files, is_ordered, read_pool, swap_of
 from transencoder.data.scores import is_made, read_metadata, write_scores
-from transencoder.data.tables import PAIRS, numbers, read_pairs
+from transencoder.data.tables import PAIRS, content_checksum, numbers, read_pairs
 from transencoder.data.tasks import Task
 from transencoder.errors import InputError
 from transencoder.inference import Inference
@@ -117,7 +117,7 @@ def score_to_file(
         metadata: what the scores depend on; it goes into the file.
     """
     accelerator = inference.accelerator
-    shards = Shards(path, metadata, shard_rows, accelerator)
+    shards = Shards(path, {**metadata, "read": content_checksum(pairs)}, shard_rows, accelerator)
     (scores,) = teachers.score([pairs], dataclasses.replace(inference, shards=shards))
     if accelerator.is_main_process:
         record = {"world_size": accelerator.num_processes, "code": code_version()}

@@ -134,6 +134,39 @@ def test_an_index_of_another_model_and_a_damaged_one_are_refused(words, bi_encod
     assert damaged.returncode == 2 and "damaged; delete it" in damaged.stderr
 
 
+def test_vectors_of_other_sentences_are_not_reused_after_a_kill(words, bi_encoder, tmp_path, run_script, monkeypatch):
+    """As many sentences as before, so that only their content tells them apart."""
+    for name, seed in (("first", 1), ("second", 2)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(random_sentences(30, seed)) + "\n")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("transencoder.search.index.grown", die)
+        run_script("search.py", *words, "--sentences", tmp_path / "first.txt", "--query", "q")
+    query = random_sentences(30, 2)[7]
+    given = [*words[:2], *words[4:], "--sentences", tmp_path / "second.txt", "--query", query]
+    assert run_script("search.py", *given, "--output", tmp_path / "found.jsonl").returncode == 0
+    best = json.loads((tmp_path / "found.jsonl").read_text())["hits"][0]
+    assert best["sentence"] == query and best["score"] == pytest.approx(1, abs=1e-4)
+
+    pairs = [
+        (name, ["--sentences", tmp_path / f"{name}.txt", "--output", tmp_path / "out.csv"])
+        for name in ("first", "second")
+    ]
+    models = [*words[:4], "--mixed_precision", "no", "--threshold", 0.5]
+    seen = []
+    monkeypatch.setattr(
+        "transencoder.search.clusters.candidate_pairs", lambda index, vectors, k: seen.append(vectors) or die()
+    )
+    for _, given in pairs:
+        with pytest.raises(KeyboardInterrupt):
+            run_script("find_duplicates.py", *models, *given)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(*map(np.array, seen))
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
 def test_a_growing_index_finds_what_one_of_all_rows_finds(similarity, monkeypatch):
     """Exact, then from exact to clusters, then clusters that grow."""

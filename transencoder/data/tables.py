@@ -125,6 +125,14 @@ def row_hashes(block: pa.Table) -> np.ndarray:
     return hashes
 
 
+def content_checksum(table: datasets.Dataset) -> str:
+    """Return what tells the rows of a table from those of any other, wherever they came from."""
+    sha = hashlib.sha256()
+    for _, block in blocks(table):
+        sha.update(row_hashes(block).tobytes())
+    return sha.hexdigest()
+
+
 def blocks(table: datasets.Dataset, rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
     """Yield a table, `rows` (by default `BLOCK_ROWS`) at a time: the number of the block's
     first row, from 0, and the block.

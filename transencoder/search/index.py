@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from accelerate import Accelerator
 from pyarrow import feather
 
-from transencoder.config.tools import SearchArguments
-from transencoder.data.tables import SENTENCES, without_repeats
+from transencoder.config.tools import SearchArguments, ToolArguments
+from transencoder.data.tables import SENTENCES, content_checksum, without_repeats
 from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed, embed_texts
 from transencoder.encoders import BiEncoder, CrossEncoder
@@ -87,6 +88,15 @@ def index_metadata(bi_encoder: str, options: ModelOptions) -> dict[str, Any]:
     return {"model": model_identity(bi_encoder, options.pooling), "prompts": list(prompts_of(bi_encoder, options))}
 
 
+def vector_shards(
+    output: Path, sentences: datasets.Dataset, arguments: ToolArguments, accelerator: Accelerator
+) -> Shards:
+    """Return where the vectors of `sentences` are kept until `output` is written; those of other ones are deleted."""
+    metadata = index_metadata(arguments.bi_encoder, model_options(arguments))
+    metadata |= {"read": content_checksum(sentences), "mixed_precision": arguments.mixed_precision}
+    return Shards(output, metadata, arguments.shard_rows, accelerator)
+
+
 def check_index(folder: Path, bi_encoder: str, options: ModelOptions) -> dict[str, Any] | None:
     """Read index.json; returns None where there is no index yet.
 
@@ -148,7 +158,7 @@ def add_sentences(
 ) -> SentenceIndex:
     """Encode sentences and write the index with them; whoever opens the folder meets the old one or the new one."""
     metadata = {**index_metadata(arguments.bi_encoder, model_options(arguments)), "name": arguments.bi_encoder}
-    shards = Shards(folder, {**metadata, "added": len(sentences)}, arguments.shard_rows, inference.accelerator)
+    shards = vector_shards(folder, sentences, arguments, inference.accelerator)
     inference = dataclasses.replace(inference, shards=shards)
     tokens = tokenize(sentences, SENTENCES, encoder.preprocessor(side=1))
     added = embed([(encoder, [tokens])], shards.folder / "added.vec", inference)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from transencoder.config.arguments import MiningArguments
 from transencoder.data.scores import write_tables
-from transencoder.data.tables import PAIRS, SENTENCES
+from transencoder.data.tables import PAIRS, SENTENCES, content_checksum
 from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError
@@ -262,7 +262,9 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
         load_optional(LIBRARY[kind])  # now, not after all sentences are encoded
     load_optional("matplotlib.figure")
     looked_for = [arguments.spread * number for number in wanted]
-    shards = Shards(output, metadata, arguments.shard_rows, accelerator)
+    tables = [sides.first] if sides.single else [sides.first, sides.second]
+    read = {"read": [content_checksum(table) for table in tables]}
+    shards = Shards(output, {**metadata, **read}, arguments.shard_rows, accelerator)
     inference = Inference(accelerator, arguments.eval_batch_tokens, shards)
     encoders = [inference.load(name, model_options(arguments)) for name in arguments.encoders]
     vectors = [
@@ -271,7 +273,7 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
             shards.folder / f"vectors-{side}.vec",
             inference,
         )
-        for side, table in enumerate([sides.first] if sides.single else [sides.first, sides.second])
+        for side, table in enumerate(tables)
     ]
     if not accelerator.is_main_process:
         return wait_long()
