@@ -5,9 +5,7 @@ python scripts/find_duplicates.py --bi_encoder runs/mine/best/bi-encoder --cross
     --sentences sentences.txt --output duplicates.csv
 """
 
-import csv
 import dataclasses
-import io
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import datasets
 
 from transencoder.config.tools import DuplicatesArguments, parse_tool
+from transencoder.data.formats import write_rows
 from transencoder.data.tables import PAIRS, SENTENCES, read_sentences
 from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
@@ -24,7 +23,6 @@ from transencoder.inference import Inference
 from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
-from transencoder.runtime.files import write_text
 from transencoder.runtime.optional import load_optional
 from transencoder.scoring import Teachers
 from transencoder.search.clusters import candidate_pairs, communities
@@ -64,13 +62,12 @@ def main() -> None:
     groups = communities(rows, scores, arguments.threshold, arguments.seed)
     shards.remove()
 
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["cluster", "size", "score", "sentence"])
-    for number, group in enumerate(groups, start=1):
-        for row, score in group:
-            writer.writerow([number, len(group), f"{score:.3f}", sentences[row]["sentence"]])
-    write_text(output, text.getvalue())
+    lines = (
+        [number, len(group), round(float(score), 3), sentences[row]["sentence"]]
+        for number, group in enumerate(groups, start=1)
+        for row, score in group
+    )
+    write_rows(output, ["cluster", "size", "score", "sentence"], lines)
     log(f"{output}: {len(groups)} groups with {sum(map(len, groups))} of {len(sentences)} sentences")
 
 

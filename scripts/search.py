@@ -18,7 +18,7 @@ import numpy as np
 
 from transencoder.config.tools import SearchArguments, parse_tool
 from transencoder.data.tables import read_pairs, read_sentences, sentence_parts
-from transencoder.errors import InputError, one_line_errors
+from transencoder.errors import InputError, one_line_errors, printable
 from transencoder.inference import Inference
 from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
@@ -120,7 +120,7 @@ def main() -> None:
             json.dumps({"query": query, "hits": [vars(hit) for hit in hits], **milliseconds}, ensure_ascii=False)
         )
         if not arguments.output:
-            print(table(query, hits, milliseconds), flush=True)
+            print(printable(table(query, hits, milliseconds)), flush=True)
     if arguments.output:
         write_text(Path(arguments.output), "\n".join(results) + "\n")
         log(f"{arguments.output}: the results of {len(results)} queries")

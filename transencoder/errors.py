@@ -27,6 +27,7 @@ WITHOUT_NUMBER = re.compile(r"inline_container|PytorchStreamWriter|\d+ requested
 
 # What PyTorch says when another process does not answer in time, or has ended.
 LOST = re.compile(r"Timed out waiting|wait timeout|Connection (closed|reset) by peer|Failed to recv|Socket Timeout")
+CONTROL = re.compile(r"[^\n\t -~\xa0-\U0010ffff]")  # characters that a terminal obeys
 LOST_LINE = (
     "another process of this run has ended, or has not answered within TRANSENCODER_TIMEOUT: is its machine down, or "
     "the network? The same command goes on from where it was"
@@ -50,11 +51,16 @@ class FullDisk(BrokenRun):
     """It happened to the process that writes, which is not the first one where another machine's cache is full."""
 
 
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters but line ends and tabs as escapes such as \\x1b."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def report_and_exit(message: str, code: int = 2, from_all: bool = False) -> None:
     """Print one line on stderr and exit. `from_all`: from any process; else from the first only, as all have it."""
     if from_all or is_first_process():
         script = os.path.basename(sys.argv[0])
-        line = f"{script}: error: {' '.join(message.split())}"
+        line = printable(f"{script}: error: {' '.join(message.split())}")
         print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
     sys.exit(code)
 

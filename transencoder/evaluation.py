@@ -16,6 +16,7 @@ from torch import nn
 from transencoder.config.arguments import EvaluationArguments
 from transencoder.data.paper import published_values, row_of
 from transencoder.data.tasks import Task, title
+from transencoder.errors import printable
 from transencoder.inference import Inference
 from transencoder.model_checks import inspect_encoder
 from transencoder.runtime.accelerator import log
@@ -185,7 +186,7 @@ def write_results(results: list[dict[str, Any]], paper: str | None, folder: Path
         text = f"{markdown_table(header, rows)}\n{origin(results)}"
         write_json(folder / RESULTS_FILE, results)
         write_text(folder / "results.md", text)
-        print(text)
+        print(printable(text))
         log(f"{folder}: {RESULTS_FILE}, results.md")
 
 

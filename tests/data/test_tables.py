@@ -1,5 +1,6 @@
 """Files -> checked tables."""
 
+import csv
 import gzip
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +17,10 @@ from conftest import random_sentences, write_jsonl
 
 from transencoder.data import formats as table_files
 from transencoder.data import tables
+from transencoder.data.formats import write_rows
 from transencoder.data.tables import PAIRS, blocks, is_hub_id, numbers, read_pairs, read_sentences, sample
-from transencoder.errors import InputError
+from transencoder.errors import InputError, printable, report_and_exit
+from transencoder.runtime.accelerator import log
 
 ROWS = [("pay my card", "cancel my plan"), ("é “NA”", "late, is it"), ("pay my card", "the app")]
 SCORES = [0.5, 4.0, -1.25]
@@ -549,6 +553,30 @@ def test_row_numbers_of_a_parquet_file_are_right_beyond_the_first_batch(tmp_path
     table = pa.table({"sentence1": names, "sentence2": [*names[:-2], None, "x"]})
     pq.write_table(table, tmp_path / "long.parquet", row_group_size=30_000)
     assert refusal(tmp_path / "long.parquet") == "row 69999: sentence2 is missing"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_what_is_read_again_and_no_cell_is_a_formula(tmp_path):
+    texts = ["a\rb", "c\r\nd\ne", 'f "g", h', "=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tt", "i=j", "é\u2028"]
+    write_rows(tmp_path / "a.csv", ["sentence1", "sentence2", "score"], [["x", text, -0.5] for text in texts])
+    inert = [f"'{text}" if text[0] in "=+-@\t" else text for text in texts]
+    assert pairs_of(read_pairs([str(tmp_path / "a.csv")])) == [("x", text) for text in inert]
+    with (tmp_path / "a.csv").open(newline="") as stream:
+        assert [(row["sentence2"], row["score"]) for row in csv.DictReader(stream)] == [(t, "-0.5") for t in inert]
+    assert pd.read_csv(tmp_path / "a.csv").to_numpy().tolist() == [["x", text, -0.5] for text in inert]
+    write_rows(tmp_path / "a.jsonl", list(PAIRS), (["x", text] for text in texts))
+    assert pairs_of(read_pairs([str(tmp_path / "a.jsonl")])) == [("x", text) for text in texts]
+
+
+def test_no_character_that_a_terminal_obeys_is_printed(capsys):
+    assert printable("\x1b[2Ja\x9b\x07\r\0\x7f") == r"\x1b[2Ja\x9b\x07\x0d\x00\x7f"
+    assert printable("é\tहिन्दी\u200d 日本\n") == "é\tहिन्दी\u200d 日本\n"
+    log("\x1b]0;title\x07")
+    with pytest.raises(SystemExit):
+        report_and_exit("a\x1b.csv: no rows")
+    assert "\x1b" not in capsys.readouterr().err
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""The rows of a file in any of the formats, block by block, and what is said of a row that is wrong."""
+"""The rows of a file in any of the formats, read block by block, with what is said of a row that is wrong; written."""
 
 import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,10 +15,12 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from transencoder.errors import InputError
+from transencoder.runtime.files import replacing
 
 PAIR_SEPARATOR = "||"
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
 BLOCK_BYTES = 16 << 20
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that begins with one of these
 
 
 def format_of(source: str) -> str:
@@ -239,3 +242,22 @@ def _as_numbers(column: pa.Array, name: str, source: str, rows_before: int) -> p
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 raise InputError(f"{source}: row {row}: {name} {value.as_py()!r} is not a number") from None
         raise InputError(f"{source}: {name} is of type {column.type}, not a number") from error
+
+
+def write_rows(path: Path, names: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows as .csv or .jsonl, by the path's ending, atomically.
+
+    In a .csv all text is quoted. A cell that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        if path.suffix == ".jsonl":
+            for row in rows:
+                stream.write(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n")
+        else:
+            writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+            writer.writerow(names)
+            writer.writerows([_inert(cell) for cell in row] for row in rows)
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell

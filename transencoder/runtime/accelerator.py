@@ -17,7 +17,7 @@ from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from transencoder.config.options import StageArguments
-from transencoder.errors import BrokenRun, InputError, is_first_process
+from transencoder.errors import BrokenRun, InputError, is_first_process, printable
 from transencoder.runtime.backends import (
     accelerate_precision,
     choose_precision,
@@ -95,7 +95,7 @@ def progress_bar(accelerator: Accelerator, total: int, title: str, done: int = 0
 def log(message: str) -> None:
     """Write a line on stderr, from the first process only."""
     if is_first_process():
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def log_idle_cores(accelerator: Accelerator) -> None:
