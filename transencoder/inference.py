@@ -1,5 +1,6 @@
 """Many inputs -> what a model makes of them: batches of similar length, shared out to processes, kept in shards."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from transencoder.data.tables import release_pages
 from transencoder.data.tokens import TokenRows
 from transencoder.encoders import BiEncoder, CrossEncoder, load_encoder
 from transencoder.model_files import NO_OPTIONS, ModelOptions
-from transencoder.runtime.accelerator import log_idle_cores, progress_bar
+from transencoder.runtime.accelerator import log, log_idle_cores, progress_bar
 from transencoder.runtime.backends import autocast
 from transencoder.runtime.shards import Shards
 from transencoder.runtime.signals import StopSignal, stop_here
@@ -21,6 +22,11 @@ from transencoder.runtime.signals import StopSignal, stop_here
 # cache, a GPU where there is enough to do.
 BATCH_TOKENS, CPU_BATCH_TOKENS = 16384, 2048
 TEXTS_AT_ONCE = 64  # of a few texts that are not worth sorting by length
+
+
+@functools.cache  # once, as there may be thousands of queries
+def _log_cut(name: str, max_length: int) -> None:
+    log(f"{name}: what is longer than {max_length} tokens is cut, as some of these texts are")
 
 
 def token_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -109,10 +115,13 @@ class Inference:
         Args:
             side: of the pair that single texts are on, for its prompt.
         """
-        preprocessor, outputs = encoder.preprocessor(side), []
+        preprocessor, outputs, cut = encoder.preprocessor(side), [], 0
         for start in range(0, len(columns[0]), TEXTS_AT_ONCE):
-            batch = preprocessor.batch(*(column[start : start + TEXTS_AT_ONCE] for column in columns))
-            outputs.append(self._forward(encoder, batch).float().cpu())
+            tokens = preprocessor.rows(*(column[start : start + TEXTS_AT_ONCE] for column in columns))
+            outputs.append(self._forward(encoder, tokens.batch(np.arange(len(tokens)))).float().cpu())
+            cut += tokens.cut
+        if cut:
+            _log_cut(encoder.name, preprocessor.max_length)
         return torch.cat(outputs)
 
     def _forward(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

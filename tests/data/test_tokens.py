@@ -86,6 +86,24 @@ def test_inputs_are_cut_to_max_length_with_their_special_tokens(bi, cross):
     assert pairs.batch(np.array([0]))["input_ids"].tolist() == [[2, 5, 6, 3, 20, 25, 3]]
 
 
+def test_inputs_that_are_cut_are_counted_and_those_that_just_fit_are_not(bi, cross, capsys, monkeypatch):
+    sentences = sentences_table("how do i pay", "how do i pay my", "how do i pay my order", "pay")  # 4 to 6 words, 1
+    for length, cut in ((8, 0), (7, 1), (6, 2), (4, 3)):  # with [CLS] and [SEP]
+        assert tokens_of(sentences, bi, length).cut == cut
+        said = f"{cut} of 4 sentences are cut: longer than {length} tokens\n" if cut else ""
+        assert capsys.readouterr().err == said
+        assert tokens_of(sentences, bi, length).cut == cut  # from the cache
+        assert capsys.readouterr().err == said
+    pairs = pairs_table(
+        [{"sentence1": "how do i", "sentence2": "pay"}, {"sentence1": "how do i", "sentence2": "pay my"}]
+    )
+    assert tokens_of(pairs, cross, 7).cut == 1
+    assert "1 of 2 pairs are cut: longer than 7 tokens" in capsys.readouterr().err
+    monkeypatch.setattr(data, "TOKENIZED_ROWS", 3)
+    data.training_tokens(sentences, SENTENCES, bi.preprocessor(max_length=6))
+    assert "666 of 1000 sampled sentences are cut: longer than 6 tokens" in capsys.readouterr().err
+
+
 def test_kept_tokens_are_not_used_for_another_length_or_vocabulary(tmp_path, bi):
     (tmp_path / "s.txt").write_text("how do i change my password\nlate app\n")
     table = read_sentences([str(tmp_path / "s.txt")])

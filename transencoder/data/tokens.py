@@ -3,6 +3,8 @@
 Tokens are made once and kept memory-mapped; those of a very long training set are made batch by batch.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from transencoder.data.tables import (
     release_pages,
     row_hashes,
 )
+from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import replacing
 from transencoder.runtime.waiting import local_main_process_first
 
@@ -32,6 +35,8 @@ from transencoder.runtime.waiting import local_main_process_first
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
 TOKENIZED_ROWS = 1_000_000
 TEXTS_AT_ONCE = 1000  # that are tokenized together
+SAMPLED_ROWS = 1000  # of inputs that are tokenized batch by batch, to say how many are cut
+CUT = "cut"
 TOKEN_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8()}
 Batch = dict[str, torch.Tensor]
 
@@ -57,25 +62,40 @@ class Preprocessor:
         # A decoder that answers with its last token wants it at the end. Others are padded on the right whatever their
         # tokenizer says: absolute positions that depend on the batch would change their scores.
         self.pads_left = transformer.transformer_task == "text-generation"
-        probe = self._preprocess([("a", "b")] if pairs else ["a"])
+        probe = self._preprocess([("a", "b")] if pairs else ["a"], self.max_length)
         # Token types that are all 0 are what a model takes by itself.
         typed = any(probe.get("token_type_ids", [[]])[0])
         self.names = ["input_ids", "token_type_ids"] if typed else ["input_ids"]
         self.prompt_length = probe.get("prompt_length")
 
-    def _preprocess(self, texts: list[str] | list[tuple[str, str]]) -> dict[str, Any]:
+    def _preprocess(self, texts: list[str] | list[tuple[str, str]], max_length: int) -> dict[str, Any]:
         """Return lists of tokens, without padding."""
         without_padding = {
-            "text": {"max_length": self.max_length, "padding": False},
+            "text": {"max_length": max_length, "padding": False},
             "common": {"return_tensors": None},
         }
         return self.transformer.preprocess(texts, prompt=self.prompt, processing_kwargs=without_padding)
 
-    def __call__(self, *columns: list[str]) -> pa.RecordBatch:
-        """Return the tokens of texts, or of the pairs of two columns, without padding: the columns `names`."""
-        features = self._preprocess(list(zip(*columns, strict=True)) if len(columns) > 1 else list(columns[0]))
+    def __call__(self, *columns: list[str], count_cut: bool = True) -> pa.RecordBatch:
+        """Return the tokens of texts, or of the pairs of two columns, without padding.
+
+        Args:
+            count_cut: find out which inputs are cut, for which those of the greatest length are tokenized again.
+        Returns:
+            The columns `names`, and `cut`, true for inputs of which only a part was read.
+        """
+        inputs = list(zip(*columns, strict=True)) if len(columns) > 1 else list(columns[0])
+        features = self._preprocess(inputs, self.max_length)
         arrays = [pa.array(features[name], pa.list_(TOKEN_TYPES[name])) for name in self.names]
-        return pa.record_batch(arrays, names=self.names)
+        cut = np.array([count_cut and len(tokens) >= self.max_length for tokens in features["input_ids"]])
+        if cut.any():  # or they have just that length, which one token more tells
+            longer = self._preprocess([inputs[row] for row in np.flatnonzero(cut)], self.max_length + 1)
+            cut[cut] = [len(tokens) > self.max_length for tokens in longer["input_ids"]]
+        return pa.record_batch([*arrays, pa.array(cut)], names=[*self.names, CUT])
+
+    def rows(self, *columns: list[str], count_cut: bool = True) -> TokenRows:
+        """Return a few texts, or pairs, as tokens in memory."""
+        return TokenRows(pa.Table.from_batches([self(*columns, count_cut=count_cut)]), self)
 
     def identity(self) -> list[Any]:
         """Return what the tokens of a text depend on, as JSON can hold it.
@@ -107,7 +127,7 @@ class Preprocessor:
 
     def batch(self, *columns: list[str]) -> Batch:
         """Return a few texts, or pairs, as one padded batch."""
-        tokens = TokenRows(pa.Table.from_batches([self(*columns)]), self)
+        tokens = self.rows(*columns, count_cut=False)
         return tokens.batch(np.arange(len(tokens)))
 
 
@@ -115,12 +135,16 @@ class TokenRows:
     """Token ids of many inputs, memory-mapped; a row is a NumPy view, so reading a batch costs next to nothing.
 
     Args:
-        table: the column `input_ids` (list of int32) and perhaps `token_type_ids` (list of int8).
+        table: as `preprocessor` makes it: `input_ids` (list of int32), perhaps `token_type_ids` (list of int8), `cut`.
         preprocessor: what made them, and pads them.
+
+    Attributes:
+        cut: how many inputs are longer than the model reads.
     """
 
     def __init__(self, table: pa.Table, preprocessor: Preprocessor):
-        self.names, self.preprocessor = table.column_names, preprocessor
+        self.names, self.preprocessor = preprocessor.names, preprocessor
+        self.cut = pc.sum(table.column(CUT)).as_py() or 0
         self._columns = {name: table.column(name).chunks for name in self.names}
         self._views = {
             name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)) for chunk in chunks]
@@ -159,6 +183,9 @@ class TextRows:
     def __init__(self, table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Preprocessor):
         self._table, self._columns = table.select_columns(list(columns)), columns
         self._preprocessor, self._read = preprocessor, 0
+        sample = self._table[np.linspace(0, len(table) - 1, SAMPLED_ROWS, dtype=np.int64)]
+        found = preprocessor.rows(*(sample[column] for column in columns))
+        log_cut(found.cut, f"{len(found)} sampled {_inputs(columns)}", preprocessor.max_length)
         self.lengths = np.empty(len(table), dtype=np.int32)
         for start, block in blocks(self._table):
             bytes_ = sum(pc.binary_length(column).to_numpy() for column in block.columns)
@@ -179,16 +206,28 @@ class TextRows:
 
 def tokenize(table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Preprocessor) -> TokenRows:
     """Tokenize `columns` (one: a sentence; two: a pair) of every row, once: the result stays in the cache."""
-    key = cache_key(table._fingerprint, columns, preprocessor.identity())
+    schema = pa.schema([(name, pa.list_(TOKEN_TYPES[name])) for name in preprocessor.names] + [(CUT, pa.bool_())])
+    key = cache_key(table._fingerprint, columns, preprocessor.identity(), schema.names)
     target = cache_folder() / f"tokens-{key}.arrow"
 
-    schema = pa.schema([(name, pa.list_(TOKEN_TYPES[name])) for name in preprocessor.names])
     with local_main_process_first():
         if not target.exists():
             with replacing(target) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
                 for batch in _token_batches(table, columns, preprocessor):
                     writer.write_batch(batch.cast(schema))
-    return TokenRows(datasets.Dataset.from_file(str(target)).data.table, preprocessor)
+    tokens = TokenRows(datasets.Dataset.from_file(str(target)).data.table, preprocessor)
+    log_cut(tokens.cut, f"{len(tokens)} {_inputs(columns)}", preprocessor.max_length)
+    return tokens
+
+
+def log_cut(cut: int, inputs: str, max_length: int) -> None:
+    """Say how many of the `inputs` ("90 sentences") are not read to their end, if any."""
+    if cut:
+        log(f"{cut} of {inputs} are cut: longer than {max_length} tokens")
+
+
+def _inputs(columns: tuple[str, ...]) -> str:
+    return "sentences" if len(columns) == 1 else "pairs"
 
 
 def _token_batches(
