@@ -15,9 +15,12 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+from fastapi.middleware import Middleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from sentence_transformers import CrossEncoder, SentenceTransformer, util
 
 CANDIDATES = 50  # sentences that the bi-encoder finds for the cross-encoder to re-rank
+MOST_CHARACTERS = 2000  # of a text; longer ones would hold up everybody else's
 EXAMPLES = [
     ["How do I remove a card from my account?", "delete my credit card from my profile"],
     ["can I pay by card", "do you accept cash or only cards"],
@@ -29,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run of run_transencoder.sh")
     parser.add_argument("sentences", type=Path, help="text file to search in, a sentence on each line")
+    parser.add_argument("--host", help="address to listen on, such as 0.0.0.0 (default: this machine alone)")
     parser.add_argument("--start", help="bi-encoder to compare with (default: what step 1 of the run made)")
     arguments = parser.parse_args()
     starts = sorted((arguments.run / "contrastive").glob("*"))
@@ -37,6 +41,12 @@ def parse() -> argparse.Namespace:
         if not path.exists():
             parser.error(f"{path}: no such file or folder")
     return arguments
+
+
+def check_length(*texts: str) -> None:
+    """Refuse texts that are too long, which a page can send whatever its fields allow."""
+    if any(len(text) > MOST_CHARACTERS for text in texts):
+        raise gr.Error(f"At most {MOST_CHARACTERS} characters, please.")
 
 
 def both_orders(encoder: CrossEncoder, query: str, texts: list[str]) -> list[float]:
@@ -54,6 +64,7 @@ def scorer(
         return float(encoder.similarity(*encoder.encode(list(sentences))[:, None]))
 
     def score(first: str, second: str) -> list[list]:
+        check_length(first, second)
         before = [["start", cosine(start, first, second)]] if start else []
         bi, cross = cosine(bi_encoder, first, second), both_orders(cross_encoder, first, [second])[0]
         rows = [*before, ["bi-encoder", bi], ["cross-encoder", cross], ["mean of both", (bi + cross) / 2]]
@@ -69,6 +80,7 @@ def searcher(
     vectors = bi_encoder.encode(sentences, convert_to_tensor=True, show_progress_bar=True)
 
     def search(query: str, k: int) -> list[list]:
+        check_length(query)
         (hits,) = util.semantic_search(bi_encoder.encode(query, convert_to_tensor=True), vectors, top_k=CANDIDATES)
         texts = [sentences[hit["corpus_id"]] for hit in hits]
         rows = [
@@ -89,7 +101,7 @@ def main() -> None:
     start = SentenceTransformer(arguments.start) if arguments.start else None
     score = gr.Interface(
         scorer(start, bi_encoder, cross_encoder),
-        [gr.Textbox(label="First sentence"), gr.Textbox(label="Second sentence")],
+        [gr.Textbox(label=f"{which} sentence", max_length=MOST_CHARACTERS) for which in ("First", "Second")],
         gr.Dataframe(headers=["model", "score"], label="Scores"),
         examples=EXAMPLES,
         flagging_mode="never",
@@ -97,12 +109,20 @@ def main() -> None:
     )
     search = gr.Interface(
         searcher(sentences, bi_encoder, cross_encoder),
-        [gr.Textbox(label="Query"), gr.Slider(1, CANDIDATES, 10, step=1, label="Results")],
+        [gr.Textbox(label="Query", max_length=MOST_CHARACTERS), gr.Slider(1, CANDIDATES, 10, step=1, label="Results")],
         gr.Dataframe(headers=["sentence", "mean of both", "bi-encoder", "cross-encoder"], label="Results", wrap=True),
         flagging_mode="never",
         api_name="search",
     )
-    gr.TabbedInterface([score, search], ["Two sentences", "Search"], title="Trans-Encoder").launch()
+    gr.TabbedInterface([score, search], ["Two sentences", "Search"], title="Trans-Encoder").launch(
+        server_name=arguments.host,
+        enable_monitoring=False,
+        max_file_size="1kb",  # nothing is uploaded here, but Gradio would take it
+        # Another site's page must not reach this one under a name of its own (DNS rebinding).
+        app_kwargs={}
+        if arguments.host
+        else {"middleware": [Middleware(TrustedHostMiddleware, ["localhost", "127.0.0.1"])]},
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import runpy
 import sys
 
 import gradio as gr
+import httpx
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ROOT, random_sentences, save_telling_encoders
 from gradio_client import Client
+from gradio_client.exceptions import AppError
 
 from transencoder.data.tables import read_pairs
 from transencoder.inference import Inference
@@ -69,6 +71,20 @@ def test_scores_are_those_of_the_stages_and_a_sentence_is_found(client, run, tmp
     (itself,) = [row for row in client.predict("where is my parcel", 50, api_name="/search")["data"] if row[2] == 1]
     assert itself[0] == "where is my parcel"
     assert [row[1] for row in found] == sorted((row[1] for row in found), reverse=True)
+
+
+def test_long_texts_uploads_other_hosts_and_monitoring_are_refused(client):
+    with pytest.raises(AppError, match="At most 2000 characters"):
+        client.predict("a" * 2001, "b", api_name="/score")
+    with pytest.raises(AppError, match="At most 2000 characters"):
+        client.predict("a" * 2001, 5, api_name="/search")
+    url = client.src.rstrip("/")
+    assert httpx.get(f"{url}/config").status_code == 200
+    assert httpx.get(f"{url}/config", headers={"Host": "evil.example"}).status_code == 400
+    for page in ("monitoring", "monitoring/summary"):
+        assert httpx.get(f"{url}/{page}").status_code == 403
+    files = {"files": ("a.parquet", b"0" * 2000)}
+    assert httpx.post(f"{url}/gradio_api/upload", files=files).status_code == 413
 
 
 @pytest.mark.parametrize("missing", ["run", "sentences"])
