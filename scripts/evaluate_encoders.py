@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from transencoder.data.paper import check_setting
 from transencoder.data.tasks import load_tasks
 from transencoder.errors import one_line_errors
-from transencoder.evaluation import measure_encoders, write_results
+from transencoder.evaluation import write_results
 from transencoder.model_checks import check_encoders
 from transencoder.scoring import Teachers
 from transencoder.stage import EvaluationStage
@@ -39,9 +39,8 @@ def main(words: list[str] | None = None) -> None:
 
     sets = [task.pairs for task in tasks]
     scores = [Teachers([name], options=stage.options).score(sets, stage.inference) for name in arguments.encoders]
-    results = measure_encoders(arguments, tasks, scores)
     stage.start_trackers()
-    write_results(results, arguments.paper, stage.output, stage.accelerator)
+    write_results(arguments, tasks, scores, stage.accelerator)
     stage.finish()
 
 

@@ -56,6 +56,7 @@ for ((i = 0; i < ${#runs[@]}; i += 2)); do
   python "$here/summarize_run.py" "$run" || ended $? "the summary"
   # What goes wrong there it says itself, and how to push later.
   [[ $words != *" --push" ]] || python "$here/push_to_hub.py" "$run" </dev/null || true
+  [[ $words != *" --push" ]] || sed -n '1p' "$run/results.md"  # the verdict is the last line all the same
   table+=("$run")
 done
 ((${#runs[@]} < 4)) || python "$here/summarize_run.py" "${table[@]}" --output "$(dirname "$run")/results.md"

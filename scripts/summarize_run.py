@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put the best models of a run into `best/`, and write results.md and progress.png: the driver's last step.
+"""Put the best models of a run into `best/`, write results.md and progress.png, and end with the verdict.
 
 python scripts/summarize_run.py runs/quickstart
 
@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import StageParser
 from transencoder.errors import one_line_errors
 from transencoder.evaluation import origin
-from transencoder.run.layout import Layout
-from transencoder.run.summary import Round, collect_rounds, keep_best, plot_progress, summary_table
+from transencoder.run.layout import SEARCH_FILE, Layout
+from transencoder.run.summary import Round, below_start, collect_rounds, keep_best, plot_progress, summary_table
+from transencoder.run.verdict import Verdict, judge, judge_on, judge_unlabelled
 from transencoder.runtime.accelerator import log_next
-from transencoder.runtime.files import write_text
+from transencoder.runtime.files import write_json, write_text
 
 NOTES = """
 Spearman's rho or AUC, x 100; a title ending in `.dev` is the set that checkpoints were chosen on. If the test pairs
@@ -30,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser = StageParser((), __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that run_transencoder.sh filled")
     parser.add_argument("--output", type=Path, help="Markdown file for the table of several runs")
+    parser.add_argument("--tasks", nargs="+", help="labelled pairs for the verdict that the recipe does not name")
     return parser.parse_args()
 
 
@@ -41,20 +43,34 @@ def table_of(runs: list[list[Round]]) -> tuple[str, str, str]:
     return summary_table(runs), NOTES, origin(entries)
 
 
-def write_summary(run: Path, rounds: list[Round]) -> None:
+def verdict_of(run: Path, rounds: list[Round], tasks: list[str] | None) -> Verdict:
+    if tasks:
+        return judge_on(run, rounds, tasks)
+    return judge(run, rounds) if rounds[0].values else judge_unlabelled(run, rounds)
+
+
+def write_summary(run: Path, rounds: list[Round], tasks: list[str] | None) -> None:
     table, notes, made = table_of([rounds])
+    verdict = verdict_of(run, rounds, tasks)
     best = keep_best(run, rounds)
     layout = Layout(run)
-    lines = "\n".join(f"- {line}" for line in best)
-    write_text(layout.table, f"# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
+    models = layout.final(bool(rounds[0].values))
+    below = below_start(rounds)
+    lines = "\n".join(f"- {line}" for line in [*verdict.notes, *best, *below])
+    write_text(layout.table, f"{verdict.line}\n\n# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")
+    rows = [{name: value for name, value in vars(round_).items() if name != "entries"} for round_ in rounds]
+    write_json(layout.summary, {**verdict.as_json(), "encoders": rows})
+    if verdict.search:
+        write_json(models / SEARCH_FILE, verdict.search)
     print(table)
-    print("\n".join(best))
-    written = [f"{layout.table}", f"{layout.best('bi').parent}/"]
+    print("\n".join([*best, *below]))
+    written = [f"{layout.table}", f"{layout.summary}", f"{models}/"]
     if rounds[0].values:  # last, as the library that draws may be missing
         plot_progress(layout.plot, rounds)
-        written.insert(1, f"{layout.plot}")
+        written.insert(2, f"{layout.plot}")
     print(f"Written: {', '.join(written)}")
     log_next("scripts/search.py and scripts/find_duplicates.py use them, scripts/push_to_hub.py publishes them")
+    print("\n".join([*verdict.notes, verdict.line]), flush=True)
 
 
 @one_line_errors
@@ -63,13 +79,17 @@ def main() -> None:
     runs = arguments.runs
     collected = [collect_rounds(run) for run in runs]
     if len(runs) == 1:
-        return write_summary(runs[0], collected[0])
+        return write_summary(runs[0], collected[0], arguments.tasks)
     table, notes, made = table_of(collected)
-    print(table)
+    verdicts = []
+    if collected[0][0].values:
+        verdicts = [f"{run.name}: {judge(run, rounds).line}" for run, rounds in zip(runs, collected, strict=True)]
+    print("\n".join([table, *verdicts]))
     if arguments.output:
         names = ", ".join(run.name for run in runs)
         heading = f"# {arguments.output.absolute().parent.name}\n\nMean ± standard deviation of {names}.\n\n"
-        write_text(arguments.output, f"{heading}{table}{notes}\n{made}")
+        lines = "".join(f"- {verdict}\n" for verdict in verdicts)
+        write_text(arguments.output, f"{heading}{table}{notes}\n{lines}\n{made}")
         print(f"Written: {arguments.output}")
 
 

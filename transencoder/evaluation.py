@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,21 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import pyarrow as pa
 from accelerate import Accelerator
 from scipy import stats
 from torch import nn
 
 from transencoder.config.arguments import EvaluationArguments
 from transencoder.data.paper import published_values, row_of
+from transencoder.data.scores import write_tables
 from transencoder.data.tasks import Task, title
 from transencoder.errors import printable
 from transencoder.inference import Inference
 from transencoder.model_checks import inspect_encoder
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import write_json, write_text
-from transencoder.runtime.records import RESULTS_FILE, code_version
+from transencoder.runtime.records import PAIR_SCORES_FILE, RESULTS_FILE, code_version
 from transencoder.sanity import check_scores
 from transencoder.scoring import PreparedPairs
 
@@ -171,23 +174,47 @@ def measure_encoders(
     return results
 
 
-def write_results(results: list[dict[str, Any]], paper: str | None, folder: Path, accelerator: Accelerator) -> None:
-    """Give the results to the trackers, and write results.json and results.md from the first process.
+def write_results(
+    arguments: EvaluationArguments, tasks: list[Task], scores: list[list[np.ndarray]], accelerator: Accelerator
+) -> None:
+    """Give the results to the trackers, and write them, and the scores they come from, from the first process.
 
     Args:
-        paper: as of `result_rows`.
+        scores: as of `measure_encoders`.
     """
-    header, rows = result_rows(results, paper)
+    results, folder = measure_encoders(arguments, tasks, scores), Path(arguments.output_dir)
+    header, rows = result_rows(results, arguments.paper)
     log_table(accelerator, "results", header, rows)
     for entry in results:
         name = f"{'+'.join(entry['encoders'])}/{entry['task']}.{entry['split']}/{entry['metric']}"
         accelerator.log({name: entry["value"]})
     if accelerator.is_main_process:
         text = f"{markdown_table(header, rows)}\n{origin(results)}"
+        write_pair_scores(folder / PAIR_SCORES_FILE, arguments.encoders, tasks, scores)
         write_json(folder / RESULTS_FILE, results)
         write_text(folder / "results.md", text)
         print(printable(text))
         log(f"{folder}: {RESULTS_FILE}, results.md")
+
+
+def write_pair_scores(path: Path, encoders: list[str], tasks: list[Task], scores: list[list[np.ndarray]]) -> None:
+    """Write every encoder's score of every pair, for comparing encoders pair by pair.
+
+    The columns are set (the task's title), gold, and encoder-0, encoder-1 ... in the order of `encoders`; the metadata
+    has their names, and the checksum of each set. No text is kept.
+
+    Args:
+        scores: as of `measure_encoders`.
+    """
+
+    def tables() -> Iterator[pa.Table]:
+        for place, task in enumerate(tasks):
+            columns = {"set": [task.title] * len(task.pairs), "gold": np.asarray(task.pairs[task.gold], np.float64)}
+            columns |= {f"encoder-{i}": own[place].astype(np.float32) for i, own in enumerate(scores)}
+            yield pa.table(columns)
+
+    sets = {task.title: {"gold": task.gold, "sha256": task.sha256} for task in tasks}
+    write_tables(path, tables(), {"encoders": encoders, "sets": sets})
 
 
 def result_entries(encoders: list[str], task: Task, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -231,7 +231,7 @@ def fingerprint(run: Path) -> dict[str, Any]:
         if path.name == "run.json":
             facts = json.loads(path.read_text())
             found[name] = {key: facts.get(key) for key in ("stage", "status", "history", "kept_step", "steps")}
-        elif path.name == "results.json":
+        elif path.name == "results.json" and path.parent != run:
             found[name] = [
                 [e["kind"], e["task"], e["split"], e["metric"], e["value"]] for e in json.loads(path.read_text())
             ]

@@ -93,6 +93,7 @@ def test_the_driver_runs_resumes_and_refuses_another_recipe(recipe, second_bert,
     assert (run / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert "the loop ends" in result.stderr and sorted(os.listdir(run / "cycle-2")) == ["bi-scores.parquet"]
     table = (run / "results.md").read_text()
+    assert table.startswith("VERDICT ") and result.stdout.splitlines()[-1] == table.splitlines()[0]
     assert "start, bi-encoder (one)" in table and "cycle 1, cross-encoder (two)" in table
     assert "mean of tests" in table and "mine.dev" in table
     assert json.loads((cycle / "bi-encoder/two/config.json").read_text())["model_type"] == "roberta"
@@ -193,9 +194,11 @@ def test_without_any_labels_nothing_is_measured_and_the_last_models_are_kept(rec
     assert "measure" not in result.stderr and "[8/8] cycle 1: bi-encoder of two" in result.stderr
     for kind in ("bi", "cross"):
         best, last = (
-            run / folder / "model.safetensors" for folder in (f"best/{kind}-encoder", f"cycle-1/{kind}-encoder/one")
+            run / folder / "model.safetensors" for folder in (f"last/{kind}-encoder", f"cycle-1/{kind}-encoder/one")
         )
         assert best.read_bytes() == last.read_bytes()
+    assert result.stdout.splitlines()[-1].startswith("VERDICT unknown: there are no labels; start and end order 64")
+    assert not (run / "best").exists() and (run / "to_label.tsv").exists()
     nothing = "Nothing was measured"
     assert nothing in (run / "results.md").read_text() and not (run / "progress.png").exists()
     summarize(run, run, "--output", tmp_path / "several.md")

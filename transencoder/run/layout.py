@@ -2,18 +2,21 @@
 
 recipe.yaml plan.jsonl                               what is run
 contrastive/STUDENT/                                 step 1
-start/results.json                                   what the start measures
+start/{results.json,pair-scores.parquet}             what the start measures
 cycle-N/pairs.parquet                                mined pairs
 cycle-N/{bi,cross}-scores.parquet                    labels
 cycle-N/{cross,bi}-encoder/STUDENT/                  steps 2 and 3
-cycle-N/results.json                                 what the cycle measures
-best/{bi,cross}-encoder/ results.md progress.png     the summary
+cycle-N/{results.json,pair-scores.parquet}           what the cycle measures
+best/{bi,cross}-encoder/ best/search.json            the models that it ends with; last/ where nothing is measured
+results.md results.json progress.png to_label.tsv    the summary
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from transencoder.runtime.records import RESULTS_FILE
+from transencoder.runtime.records import PAIR_SCORES_FILE, RESULTS_FILE
+
+SEARCH_FILE = "search.json"  # beside the encoders that a run ends with: what search.py should rank by
 
 
 def encoder_place(cycle: int, kind: str, student: str) -> str:
@@ -43,6 +46,16 @@ class Layout:
         return self.run / "results.md"
 
     @property
+    def summary(self) -> Path:
+        """Return the summary as JSON, the verdict first."""
+        return self.run / RESULTS_FILE
+
+    @property
+    def to_label(self) -> Path:
+        """Return the pairs whose labels would say whether the end is better than the start."""
+        return self.run / "to_label.tsv"
+
+    @property
     def plot(self) -> Path:
         """Return the summary's plot."""
         return self.run / "progress.png"
@@ -67,9 +80,13 @@ class Layout:
         """Return what a cycle's encoders measure."""
         return self.cycle(cycle) / RESULTS_FILE
 
-    def best(self, kind: str) -> Path:
-        """Return the folder of the best encoder of a kind."""
-        return self.run / "best" / f"{kind}-encoder"
+    def pair_scores(self, cycle: int) -> Path:
+        """Return the scores of the pairs that a cycle's results come from."""
+        return self.cycle(cycle) / PAIR_SCORES_FILE
+
+    def final(self, measured: bool) -> Path:
+        """Return the folder of the encoders that a run ends with: the best, or the last where nothing is measured."""
+        return self.run / ("best" if measured else "last")
 
     def outcome(self, student: str | None) -> Path:
         """Return where run_stages.py tells the driver what to do next, and students one another that they failed."""

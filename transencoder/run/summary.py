@@ -185,11 +185,11 @@ def best_round(rounds: list[Round], kind: str) -> Round:
 
 
 def keep_best(run: Path, rounds: list[Round]) -> list[str]:
-    """Copy the best encoder of each kind to `best/`; a line about each."""
+    """Copy the best encoder of each kind to `best/`, or the last to `last/` where nothing is measured; a line each."""
     lines, dev = [], dev_of(rounds)
     for kind in sorted({r.kind for r in rounds if r.path}):
         best = best_round(rounds, kind)
-        target = Layout(run).best(kind)
+        target = Layout(run).final(bool(best.values)) / f"{kind}-encoder"
         if Path(best.path).is_dir():
             with replacing(target) as temporary:
                 shutil.copytree(best.path, temporary)
@@ -197,6 +197,21 @@ def keep_best(run: Path, rounds: list[Round]) -> list[str]:
             lines.append(f"`{target.relative_to(run)}` is {best.step} of {best.student} ({why}).")
         else:
             lines.append(f"The best {kind}-encoder is the start itself, {best.path} from the Hub: no copy was made.")
+    return lines
+
+
+def below_start(rounds: list[Round]) -> list[str]:
+    """Return a line about each encoder that is below its student's start on a set, and on which."""
+    lines = []
+    for round_ in rounds:
+        start = next(r for r in rounds if r.student == round_.student)
+        if not round_.cycle or start.cycle:  # an ensemble may have no start
+            continue
+        below = [name for name, value in round_.values.items() if value < start.values[name]]
+        shown = ", ".join(f"{name} ({round_.values[name]:.2f} against {start.values[name]:.2f})" for name in below)
+        if below:
+            whose = f" of {round_.student}" if len({r.student for r in rounds}) > 1 else ""
+            lines.append(f"{round_.step}{whose}: below the start on {shown}.")
     return lines
 
 

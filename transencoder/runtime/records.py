@@ -16,7 +16,8 @@ from transencoder.runtime.files import read_json, sha256, write_json
 from transencoder.runtime.locks import lock, unlock
 
 RUN_FILE = "run.json"
-RESULTS_FILE = "results.json"  # of a folder that evaluate_encoders.py fills
+# What evaluate_encoders.py leaves in a folder: its results, and the scores of the pairs that they come from.
+RESULTS_FILE, PAIR_SCORES_FILE = "results.json", "pair-scores.parquet"
 # Commit of every Hub dataset that this process has loaded; data/hub_sets.py notes them here.
 HUB_COMMITS: dict[str, str] = {}
 
