@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from transencoder.config.parsing import parse_stage
+from transencoder.data.formats import FORMULA
 from transencoder.data.scores import read_metadata
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.data.tasks import load_tasks, title
@@ -354,7 +355,8 @@ def draw_to_label(moved: np.ndarray, texts: list[list[str]]) -> np.ndarray:
     # Only pairs that start and end order differently tell them apart. Half of the drawn ones moved up most, half moved
     # down most: if the changes are noise, both halves hold the same share of true pairs, and the end is better just so
     # far as the half that moved up holds more. That difference is what AUC on them compares.
-    fits = np.array([not set('\t\n\r"') & set(first + second) for first, second in zip(*texts, strict=True)])
+    plain = [not set('\t\n\r"') & set(text) and not text.startswith(FORMULA) for side in texts for text in side]
+    fits = np.reshape(plain, (2, -1)).all(axis=0)  # what a spreadsheet or another reader would take for something else
     order = np.argsort(-moved, kind="stable")
     risen = [row for row in order if moved[row] > 0 and fits[row]]
     fallen = [row for row in order[::-1] if moved[row] < 0 and fits[row]]
