@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from transencoder.data.tables import MAPPED_BYTES, RANDOM_ROWS, release_pages
 from transencoder.data.tokens import TokenRows
@@ -78,6 +79,18 @@ def similarities(vectors: np.ndarray, first: np.ndarray, second: np.ndarray, sim
         else:
             found[rows] = (one * other).sum(axis=1)
     return found
+
+
+def device_similarities(
+    embeddings: torch.Tensor, first: np.ndarray, second: np.ndarray, similarity: str
+) -> np.ndarray:
+    """Return the same of embeddings (float32 [sentences, d]) where they are: only the numbers leave the device."""
+    from sentence_transformers.util import SimilarityFunction
+
+    one, other = (
+        embeddings[torch.from_numpy(rows.astype(np.int64)).to(embeddings.device)] for rows in (first, second)
+    )
+    return SimilarityFunction.to_similarity_pairwise_fn(similarity)(one, other).cpu().numpy()
 
 
 def embed_texts(encoder: BiEncoder, texts: list[str], inference: Inference, side: int = 0) -> np.ndarray:

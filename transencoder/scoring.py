@@ -9,7 +9,7 @@ from torch import nn
 
 from transencoder.data.tables import PAIRS, SENTENCES
 from transencoder.data.tokens import swapped, tokenize, unique_sentences
-from transencoder.embeddings import comparable, embed, embed_texts, similarities
+from transencoder.embeddings import comparable, device_similarities, embed, embed_texts, similarities
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.inference import Inference
 from transencoder.lexical import lexical_scores
@@ -60,10 +60,12 @@ class PreparedPairs:
         """
         training = model.training
         model.eval()
-        outputs = torch.cat([inference.run(model, tokens, title) for tokens in self.tokens]).cpu()
+        outputs = torch.cat([inference.run(model, tokens, title) for tokens in self.tokens])
         model.train(training)
         if self.encoder.kind == "cross":
-            return self.encoder.activate(outputs).numpy()
+            return self.encoder.activate(outputs.cpu()).numpy()
+        if outputs.device.type != "cpu":
+            return device_similarities(outputs, self.first, self.second, self.encoder.similarity)
         return self._compare(comparable(outputs.numpy(), self.encoder.similarity))
 
     def score_in_shards(self, inference: Inference, title: str, name: str) -> np.ndarray:

@@ -84,7 +84,7 @@ class StageArguments(CommonArguments):
     )
     overwrite: bool = option("Replace what an earlier run left at the output.", False, identity=False)
     eval_batch_tokens: int | None = option(
-        "Tokens (padding included) in one forward pass when scoring, per process. Default: 16384 on a GPU, else 2048.",
+        "Tokens (padding included) in one forward pass when scoring, per process. Default: 65536 on a GPU, else 2048.",
         None,
         limits=(1, None),
         identity=False,
