@@ -24,6 +24,7 @@ from transencoder.evaluation import DevSet, shown_value
 from transencoder.runtime.accelerator import end, log, log_idle_cores, progress_bar, start_trackers
 from transencoder.runtime.backends import backend_name, precision, set_batch
 from transencoder.runtime.checkpoints import Checkpoints
+from transencoder.runtime.cuda_graphs import RecordedStep, cuda_graphs
 from transencoder.runtime.files import place_model, replacing
 from transencoder.runtime.signals import StopSignal, stop_here
 from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_cpu_dropout
@@ -32,7 +33,7 @@ from transencoder.selection import select_by
 
 LOG_STEPS = 10
 Batch = dict[str, Any]
-LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
+LossFunction = Callable[[nn.Module, Batch], torch.Tensor]  # with a memory: see `cuda_graphs`
 
 
 @dataclass
@@ -115,6 +116,8 @@ class Trainer:
         self.model, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
             encoder, optimizer, scheduler, make_loader(rows, self.sampler)
         )
+        graphs = cuda_graphs(accelerator, self.micro_batches, loss_of) if arguments.cuda_graphs == "auto" else None
+        self.recorded = graphs and RecordedStep(self.model, loss_of, optimizer, arguments.max_grad_norm, graphs)
         set_seed(arguments.seed, device_specific=True)  # each process its own dropout
         self.watch = LossWatch(accelerator, LOG_STEPS)
         self.progress = Progress(loss_sum=torch.zeros((), device=accelerator.device))
@@ -161,7 +164,24 @@ class Trainer:
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Do the forward and backward passes of a batch's micro-batches, and one optimizer step."""
-        accelerator, progress = self.accelerator, self.progress
+        progress = self.progress
+        if self.recorded:
+            loss, norm = self.recorded(*micro_batches)
+            losses = [loss]
+            self.scheduler.step()
+        else:
+            losses, norm = self.eager_step(micro_batches)
+        progress.step += 1
+        progress.loss_sum += sum(losses)
+        progress.loss_count += len(losses)
+        self.watch.note(progress.step, sum(losses))
+        self.bar.update()
+        if progress.step % LOG_STEPS == 0:
+            self.report(losses[-1], norm)
+
+    def eager_step(self, micro_batches: list[Batch]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Take a step as every backend can; return the micro-batches' losses, and the gradients' norm."""
+        accelerator = self.accelerator
         if len(micro_batches) > 1 and hasattr(self.loss_of, "look_ahead"):
             self.loss_of.look_ahead(self.model, micro_batches)
         losses = []
@@ -175,17 +195,11 @@ class Trainer:
                 self.scheduler.step()
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
-        progress.step += 1
-        progress.loss_sum += sum(losses)
-        progress.loss_count += len(losses)
-        self.watch.note(progress.step, sum(losses))
-        self.bar.update()
-        if progress.step % LOG_STEPS == 0:
-            self.report(loss, norm)
+        return losses, norm
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Update the progress bar and the trackers, every `LOG_STEPS` steps."""
-        step, (value,) = self.progress.step, self.checked(loss.detach())
+        step, (value,) = self.progress.step, self.checked(loss)
         self.bar.set_postfix(loss=f"{value:.4f}")
         values = {
             "train/loss": value,

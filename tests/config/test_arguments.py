@@ -334,7 +334,7 @@ def test_what_does_not_decide_the_result_is_left_out():
     assert {name for name, option in options.items() if not option.metadata["identity"]} == {
         "recipe", "overwrite", "report_to", "output_dir", "output", "eval_batch_tokens", "micro_batch_size",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_public", "hub_license",
-        "hub_language", "histogram", "shard_rows",
+        "hub_language", "histogram", "shard_rows", "cuda_graphs",
     }  # fmt: skip
     for stage in STAGES.values():  # a class that changes an option keeps its other properties
         for option in dataclasses.fields(stage.arguments):

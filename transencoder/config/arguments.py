@@ -53,6 +53,11 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
         32,
         limits=(1, None),
     )
+    cuda_graphs: Literal["auto", "off"] = option(
+        "auto: on one GPU, record a training step once for each length and replay it, which changes no result.",
+        "auto",
+        identity=False,
+    )
     dev: str | None = option(
         "Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None
     )

@@ -37,6 +37,8 @@ TOKENIZED_ROWS = 1_000_000
 TEXTS_AT_ONCE = 1000  # that are tokenized together
 SAMPLED_ROWS = 1000  # of inputs that are tokenized batch by batch, to say how many are cut
 CUT = "cut"
+# What lengths are rounded up to, by where the model is: a GPU is fast with such, and a training has few shapes then.
+MULTIPLE = {"cuda": 8}
 TOKEN_TYPES = {"input_ids": pa.int32(), "token_type_ids": pa.int8()}
 Batch = dict[str, torch.Tensor]
 
@@ -114,8 +116,11 @@ class Preprocessor:
     def pad(self, rows: dict[str, list[np.ndarray]]) -> Batch:
         """Return token rows (int [length] each, by the names of their columns) as int64 [rows, longest] tensors."""
         lengths = np.array([len(row) for row in rows["input_ids"]])
-        places = np.arange(lengths.max())
-        inside = places >= (lengths.max() - lengths)[:, None] if self.pads_left else places < lengths[:, None]
+        multiple = MULTIPLE.get(next(self.transformer.parameters()).device.type, 1)
+        rounded = -(-lengths.max() // multiple) * multiple
+        width = max(lengths.max(), min(rounded, self.transformer.max_seq_length))
+        places = np.arange(width)
+        inside = places >= (width - lengths)[:, None] if self.pads_left else places < lengths[:, None]
         batch = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
         for name, arrays in rows.items():
             padded = np.full(inside.shape, self.fill[name], dtype=np.int64)

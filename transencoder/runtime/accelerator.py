@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from torch.distributed import DistError
 from tqdm.auto import tqdm
 
@@ -53,7 +53,8 @@ def start(arguments: StageArguments) -> Accelerator:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             log_with=log_with or None,
             project_dir=getattr(arguments, "output_dir", None),
-            kwargs_handlers=process_group(),
+            # No weight is used twice in a forward pass, and a recorded step must not find casts of an earlier one.
+            kwargs_handlers=[*process_group(), AutocastKwargs(cache_enabled=False)],
         )
     except DistError as error:
         raise _unreachable(error) from error
