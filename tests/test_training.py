@@ -46,3 +46,68 @@ class Training:
         """Weights, and the mean losses that are evaluated."""
         history = self.trainer.run()["history"]
         return load_file(self.output / "model.safetensors"), [entry["loss"] for entry in history]
+
+
+class Chosen(Training):
+    """Has dev scores that are given: of steps 8, 16, 24 and 32."""
+
+    def __init__(self, scores, *given):
+        super().__init__(*given)
+        self.trainer.sets, self.trainer.select_by, self.trainer.keep_best = {"dev": self}, "dev", True
+        self.scores, self.metric, self.weights = iter(scores), "spearman", []
+
+    def score(self, model):
+        self.weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        return next(self.scores)
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """The folders that models are written to, in order."""
+    names, save = [], CrossEncoder.save_pretrained
+
+    def spy(self, folder, *given):
+        names.append(folder.name)
+        save(self, folder, *given)
+
+    monkeypatch.setattr(CrossEncoder, "save_pretrained", spy)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("every", "scores", "written", "best"),
+    [
+        ("0", [1.0, 2.0, 3.0, 2.5], ["best-000024"], 2),  # once, at the end
+        ("16", [1.0, 2.0, 3.0, 2.5], ["best-000016", "best-000024"], 2),  # and with a checkpoint
+        ("8", [1.0, 0.5, None, 0.9], ["best-000008"], 0),  # once, though three checkpoints refer to it
+    ],
+)
+def test_the_best_model_is_kept_in_memory_and_written_with_checkpoints_and_at_the_end(
+    tiny_bert, tmp_path, monkeypatch, writes, every, scores, written, best
+):
+    run = Chosen(scores, tiny_bert, tmp_path, None, monkeypatch, "--checkpointing_steps", every)
+    found, _ = run.run()
+    assert writes == written
+    state = run.trainer.model.state_dict()
+    assert any(not torch.equal(value, run.weights[best][name]) for name, value in state.items())  # it went on
+    for name, value in found.items():
+        assert any(torch.equal(value, kept) for kept in run.weights[best].values()), name
+
+
+def test_a_best_model_on_disk_outlives_a_kill_and_one_in_memory_is_found_again(
+    tiny_bert, tmp_path, monkeypatch, writes
+):
+    """The checkpoint of step 16 refers to the best model of step 8; that of step 24 was in memory only."""
+    whole = Chosen([2.0, 1.0, 3.0, 1.0], tiny_bert, tmp_path / "whole", None, monkeypatch).run()
+    killed = Chosen([2.0, 1.0, 3.0], tiny_bert, tmp_path / "killed", None, monkeypatch, "--checkpointing_steps", "16")
+    killed.stop_after = 27
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    folder = tmp_path / "killed" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best-000008", "step-000016"]
+    eight = load_file(folder / "best-000008" / "model.safetensors")
+    for scores, expected in (([3.0, 1.0], whole[0]), ([1.0, 1.0], eight)):
+        again = Chosen(scores, tiny_bert, tmp_path / "killed", None, monkeypatch, "--checkpointing_steps", "0")
+        found, _ = again.run()
+        for name, value in expected.items():
+            assert torch.equal(value, found[name]), name

@@ -120,6 +120,8 @@ class Trainer:
         self.recorded = graphs and RecordedStep(self.model, loss_of, optimizer, arguments.max_grad_norm, graphs)
         set_seed(arguments.seed, device_specific=True)  # each process its own dropout
         self.watch = LossWatch(accelerator, LOG_STEPS)
+        self.best: dict[str, torch.Tensor] = {}  # weights of the best model so far, on the main process
+        self.best_is_written = True
         self.progress = Progress(loss_sum=torch.zeros((), device=accelerator.device))
         accelerator.register_for_checkpointing(self.progress)
 
@@ -272,13 +274,23 @@ class Trainer:
             self.keep()
 
     def keep(self) -> None:
-        """Write the model as it is now as the best so far."""
+        """Copy the model as it is now, the best so far, into main memory; copying does not wait for the device."""
         state = self.accelerator.get_state_dict(self.model)  # on every process: sharded weights are gathered
-        if self.accelerator.is_main_process:
+        for name, value in state.items() if self.accelerator.is_main_process else ():
+            if name not in self.best:
+                self.best[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self.best[name].copy_(value, non_blocking=True)
+        self.best_is_written = False
+
+    def write_best(self) -> None:
+        """Write the best model so far, unless it is on disk already."""
+        if self.accelerator.is_main_process and not self.best_is_written:
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
             encoder = self.accelerator.unwrap_model(self.model)
-            folder = self.checkpoints.best(self.progress.best_step)
-            with replacing(folder) as temporary:
-                encoder.save_pretrained(temporary, state)
+            with replacing(self.checkpoints.best(self.progress.best_step)) as temporary:
+                encoder.save_pretrained(temporary, self.best)
+        self.best_is_written = True
         self.accelerator.wait_for_everyone()
 
     def save_if_due(self, stop: StopSignal) -> None:
@@ -289,6 +301,7 @@ class Trainer:
         stopping = asked and step < self.total_steps and stop.on_any_process(self.accelerator)
         if stopping or (every and step % every == 0 and step < self.total_steps):
             self.check_weights()
+            self.write_best()
             self.checkpoints.save(step, self.progress.best_step)
         if stopping:
             self.bar.close()
@@ -301,6 +314,7 @@ class Trainer:
         if not self.keep_best:
             self.progress.best_step = self.total_steps
             self.keep()
+        self.write_best()
         if self.accelerator.is_main_process:
             place_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
         self.accelerator.wait_for_everyone()
