@@ -22,7 +22,14 @@ def select_by(arguments: TrainingArguments) -> str:
         raise InputError("--select_by dev: needs labelled pairs, --dev FILE")
     if arguments.select_by == "agreement" and not isinstance(arguments, LabelArguments):
         raise InputError("--select_by agreement: not in step 1, which has no teacher to agree with; use last")
+    if merged_by(arguments) == "dev" and not arguments.dev:
+        raise InputError("--merge_with_start dev: needs labelled pairs, --dev FILE")
     return arguments.select_by or ("dev" if arguments.dev else "last")
+
+
+def merged_by(arguments: TrainingArguments) -> str | float:
+    """Return how a student is mixed with its start: by "dev" or "agreement", its share as given, or "off"."""
+    return getattr(arguments, "merge_with_start", "off")
 
 
 def training_rows(rows: int, arguments: TrainingArguments) -> int:
@@ -31,7 +38,7 @@ def training_rows(rows: int, arguments: TrainingArguments) -> int:
     Raises:
         InputError: fewer than two, or more than half of the pairs would be held out.
     """
-    if select_by(arguments) != "agreement":
+    if "agreement" not in (select_by(arguments), merged_by(arguments)):
         return rows
     held_out = arguments.num_held_out
     if 2 * held_out > rows:
@@ -40,7 +47,7 @@ def training_rows(rows: int, arguments: TrainingArguments) -> int:
 
 
 def hold_out(labels: datasets.Dataset, arguments: TrainingArguments) -> tuple[datasets.Dataset, Task | None]:
-    """Take a random sample of the scored pairs out of training, where the checkpoint is chosen by agreement.
+    """Take a random sample of the scored pairs out of training, where agreement with the teacher chooses anything.
 
     Args:
         labels: columns sentence1, sentence2 and score, the teacher's.

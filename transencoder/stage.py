@@ -20,12 +20,13 @@ from transencoder.data.tasks import Task, load_dev
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import is_first_process
 from transencoder.inference import Inference
+from transencoder.merging import merge_with_start
 from transencoder.model_files import ModelOptions, model_options
 from transencoder.runtime.accelerator import end, log, log_next, start, start_trackers
 from transencoder.runtime.checkpoints import check_resumable, remove_checkpoints
 from transencoder.runtime.locks import lock
 from transencoder.runtime.records import RESULTS_FILE, claim, identity, write_run
-from transencoder.selection import select_by
+from transencoder.selection import merged_by, select_by
 from transencoder.training import LossFunction, Trainer
 
 
@@ -175,7 +176,12 @@ class TrainingStage(Stage):
         Args as of `Trainer`; `metadata` goes into run.json.
         """
         arguments = self.arguments
-        found = Trainer(self.accelerator, encoder, rows, loss_of, arguments, self.dev, held_out).run()
+        trainer = Trainer(self.accelerator, encoder, rows, loss_of, arguments, self.dev, held_out)
+        found, by = trainer.run(), merged_by(arguments)
+        if by != "off":
+            task = {"dev": self.dev, "agreement": held_out}.get(by)
+            found |= merge_with_start(arguments, trainer.checkpoints.best(found["kept_step"]), task, self.inference)
+        end(self.accelerator)
         if self.accelerator.is_main_process:
             write_run(arguments, self.name, "complete", self.inputs, **found, **metadata)
             remove_checkpoints(arguments.output_dir)

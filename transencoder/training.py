@@ -21,7 +21,7 @@ from transencoder.data.tasks import Task
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import BrokenRun
 from transencoder.evaluation import DevSet, shown_value
-from transencoder.runtime.accelerator import end, log, log_idle_cores, progress_bar, start_trackers
+from transencoder.runtime.accelerator import log, log_idle_cores, progress_bar, start_trackers
 from transencoder.runtime.backends import backend_name, precision, set_batch
 from transencoder.runtime.checkpoints import Checkpoints
 from transencoder.runtime.cuda_graphs import RecordedStep, cuda_graphs
@@ -318,7 +318,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             place_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
         self.accelerator.wait_for_everyone()
-        end(self.accelerator)
 
     def outcome(self, examples_per_second: float) -> dict[str, Any]:
         """Return what happened, for run.json."""

@@ -244,6 +244,24 @@ class Cross2BiArguments(ModelArguments, LabelArguments, TrainingArguments):
     num_epochs: int = with_default(TrainingArguments, "num_epochs", 10, "Passes over the data (binary tasks: 15).")
     max_length: int = with_default(TrainingArguments, "max_length", 32, "Most tokens of a sentence.")
     loss: str = option("Loss on the cosine.", "mse", choices="transencoder.losses:BI_LOSSES")
+    merge_with_start: str = option(
+        "Mix the weights after training: (1 - a) x start + a x student. A number is a; dev and agreement choose among "
+        "0, 0.25, 0.5, 0.75 and 1: by --dev, or by the teachers' scores of held-out pairs. Or off.",
+        "off",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge_with_start not in ("off", "dev", "agreement"):
+            try:
+                share = float(self.merge_with_start)
+            except ValueError:
+                share = -1.0
+            if not 0 <= share <= 1:
+                raise InputError(
+                    f"--merge_with_start {self.merge_with_start}: must be dev, agreement, off or from 0 to 1"
+                )
+            self.merge_with_start = share
 
 
 @dataclass
