@@ -273,7 +273,7 @@ def distinct_sentences(arguments: argparse.Namespace) -> list[str]:
     from transencoder.data.pools import read_sentence_pool
     from transencoder.data.tables import sample
 
-    pool = read_sentence_pool([arguments.sentences], None, None)
+    pool = read_sentence_pool([arguments.sentences], None)
     return list(sample(pool, arguments.num_pairs, arguments.seed)["sentence"])
 
 

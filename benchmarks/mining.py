@@ -120,7 +120,7 @@ def mine(sentences: list[str], bi_encoder: str, folder: Path) -> dict[str, float
 
 def main() -> None:
     arguments = parse()
-    given = list(read_sentence_pool(arguments.sentences, None, None)["sentence"])
+    given = list(read_sentence_pool(arguments.sentences, None)["sentence"])
     print(f"{len(given)} distinct sentences in the files", file=sys.stderr)
     print(f"| sentences | pairs | CPU s: {' | '.join(PHASES)} | wall s | peak RSS | anonymous | disk |")
     print("| ---: |" + " ---: |" * 9)

@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> None:
     check_encoders(arguments.encoders, stage.options)
     if arguments.paper:
         check_setting(arguments.paper, "--paper")
-    tasks = load_tasks(arguments.tasks, arguments.data_dir, arguments.columns)
+    tasks = load_tasks(arguments.tasks, arguments.data_dir, arguments)
     stage.begin()
 
     sets = [task.pairs for task in tasks]

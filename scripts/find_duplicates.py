@@ -43,7 +43,7 @@ def main() -> None:
         load_optional(name)
     check_bi_encoder(arguments.bi_encoder, options)
     check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
-    sentences = read_sentences(arguments.sentences, arguments.columns)
+    sentences = read_sentences(arguments.sentences, arguments)
     accelerator = start(arguments)
 
     output.parent.mkdir(parents=True, exist_ok=True)

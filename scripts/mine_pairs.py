@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> None:
 
     for name in arguments.encoders:
         check_bi_encoder(name, stage.options)
-    sides = read_sides(arguments.sentences, arguments.sentences_b, arguments.data_dir, arguments.columns)
+    sides = read_sides(arguments.sentences, arguments.sentences_b, arguments.data_dir, arguments)
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
     sizes = f"{len(sides.first)} sentences" + ("" if sides.single else f" and {len(sides.second)}")
     stage.log(f"{sizes}, {sum(wanted)} pairs wanted")

@@ -47,7 +47,7 @@ def open_searcher(arguments: SearchArguments) -> Searcher:
     there = check_index(folder, arguments.bi_encoder, options)
     if not there and not arguments.sentences:
         raise InputError(f"--index {folder}: there is none yet; give --sentences FILE to make it")
-    sentences = read_sentences(arguments.sentences, arguments.columns) if arguments.sentences else []
+    sentences = read_sentences(arguments.sentences, arguments) if arguments.sentences else []
     index = load_index(folder) if there else None
     fresh = new_sentences(index, sentences) if len(sentences) else []
     size = (len(index) if index else 0) + len(fresh)
@@ -66,7 +66,7 @@ def open_searcher(arguments: SearchArguments) -> Searcher:
 
 def queries_in(path: str | None) -> list[str]:
     """The lines of a file of queries."""
-    return [query for part in sentence_parts(path, None) for query in part["sentence"]] if path else []
+    return [query for part in sentence_parts(path) for query in part["sentence"]] if path else []
 
 
 def typed() -> Iterator[str]:

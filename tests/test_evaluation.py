@@ -13,8 +13,9 @@ import yaml
 from conftest import random_pairs, write_jsonl
 from scipy import stats
 
+from transencoder.config.options import Reading
 from transencoder.data import paper
-from transencoder.data.tasks import TASKS, Task, load_task
+from transencoder.data.tasks import TASKS, Task, load_task, load_tasks
 from transencoder.encoders import load_cross_encoder
 from transencoder.errors import InputError
 from transencoder.evaluation import (
@@ -317,7 +318,7 @@ def data_dir(tmp_path) -> Path:
     write_jsonl(tmp_path / "stsb.dev.jsonl", random_pairs(11))
     lines = "".join(json.dumps(row) + "\n" for row in random_pairs(12))
     (tmp_path / "sickr.test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(13)]
+    rows = [{"label": int(row.pop("score") > 2.5), **row} for row in random_pairs(13)]
     write_jsonl(tmp_path / "mrpc.jsonl", rows)
     return tmp_path
 
@@ -385,7 +386,6 @@ def test_a_file_is_a_task_by_its_own_or_a_given_name(data_dir):
     [
         ("a.tsv", "sentence1\tsentence2\tscore\na\tb\t3\nc\td\t1.5\n", "score", [3.0, 1.5]),
         ("a.csv", "sentence1,sentence2,label\na,b,1\nc,d,0\n", "label", [1.0, 0.0]),
-        ("a.csv", "label,sentence1,sentence2,score\n1,a,b,7\n0,c,d,8\n", "label", [1.0, 0.0]),
         ("a.txt", "a||b||3\nc||d||1\n", "score", [3.0, 1.0]),
     ],
 )
@@ -399,7 +399,7 @@ def test_a_label_column_makes_a_binary_task_and_a_score_column_a_graded_one(tmp_
 def test_a_renamed_label_column_makes_a_binary_task(tmp_path):
     (tmp_path / "qqp.csv").write_text("question1,question2,is_duplicate\na,b,1\nc,d,0\n")
     columns = ["sentence1=question1", "sentence2=question2", "label=is_duplicate"]
-    task = load_task(f"qqp={tmp_path / 'qqp.csv'}", columns=columns)
+    task = load_task(f"qqp={tmp_path / 'qqp.csv'}", reading=Reading(columns=columns))
     assert task.gold == "label"
     assert task.pairs["label"][:] == [1.0, 0.0]
 
@@ -407,9 +407,60 @@ def test_a_renamed_label_column_makes_a_binary_task(tmp_path):
 def test_a_renaming_of_labels_leaves_a_file_with_scores_a_graded_task(tmp_path):
     (tmp_path / "mine.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t3\nc\td\t1.5\n")
     columns = ["sentence1=question1", "label=is_duplicate"]  # for another file
-    task = load_task(str(tmp_path / "mine.tsv"), columns=columns)
+    task = load_task(str(tmp_path / "mine.tsv"), reading=Reading(columns=columns))
     assert task.gold == "score"
     assert task.pairs["score"][:] == [3.0, 1.5]
+
+
+def test_of_a_score_and_a_label_one_must_be_chosen(tmp_path):
+    (tmp_path / "both.csv").write_text("label,sentence1,sentence2,score\n1,a,b,7\n0,c,d,8\n")
+    path = str(tmp_path / "both.csv")
+    with pytest.raises(
+        InputError, match=r"both\.csv: has a score and a label; choose with --columns score=score or --col"
+    ):
+        load_task(path)
+    for gold, values in (("score", [7.0, 8.0]), ("label", [1.0, 0.0])):
+        task = load_task(path, reading=Reading(columns=[f"{gold}={gold}"]))
+        assert (task.gold, task.pairs[gold][:]) == (gold, values)
+
+
+def test_graded_values_that_a_file_calls_label_are_measured_by_their_renaming(tmp_path):
+    (tmp_path / "stsb.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\t0.2\n1\tc\td\t5.2\n")
+    task = load_task(f"g={tmp_path / 'stsb.tsv'}", reading=Reading(columns=["score=label"]))
+    assert (task.gold, task.pairs["score"][:]) == ("score", [0.2, 5.2])
+
+
+def test_labels_may_be_true_and_false(tmp_path):
+    (tmp_path / "a.csv").write_text("sentence1,sentence2,label\na,b,True\nc,d,False\ne,f, TRUE\n")
+    write_jsonl(tmp_path / "a.jsonl", [dict(sentence1=a, sentence2=a, label=a != "c") for a in "ace"])
+    datasets.Dataset.from_json(str(tmp_path / "a.jsonl")).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        assert load_task(str(tmp_path / name)).pairs["label"][:] == [1.0, 0.0, 1.0]
+    (tmp_path / "a.csv").write_text("sentence1,sentence2,score\na,b,True\nc,d,False\n")
+    with pytest.raises(InputError, match=r"row 1: score 'True' is not a number"):
+        load_task(str(tmp_path / "a.csv"))
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    paths = []
+    for folder in ("en", "de"):
+        (tmp_path / folder).mkdir()
+        paths.append(str(tmp_path / folder / "test.tsv"))
+        Path(paths[-1]).write_text("sentence1\tsentence2\tlabel\na\tb\t1\nc\td\t0\n")
+    with pytest.raises(InputError, match=r"^--tasks: the tasks' names must differ .*: test, test$"):
+        load_tasks(paths, None, Reading())
+    assert [task.title for task in load_tasks([f"en={paths[0]}", paths[1]], None, Reading())] == ["en", "test"]
+
+
+def test_an_equals_sign_in_a_path_is_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "date=2024-05-01").mkdir()
+    path = tmp_path / "date=2024-05-01" / "p.tsv"
+    path.write_text("sentence1\tsentence2\tlabel\na\tb\t1\nc\td\t0\n")
+    assert load_task(str(path)).title == "p"
+    assert load_task(f"mine={path}").title == "mine"
+    monkeypatch.chdir(tmp_path)
+    assert load_task("mine=date=2024-05-01/p.tsv").title == "mine"
+    assert load_task("date=2024-05-01/p.tsv").title == "p"
 
 
 def test_what_is_neither_a_task_nor_a_file_is_refused_with_the_tasks(tmp_path):

@@ -23,7 +23,7 @@ ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|att
 
 def read_sentences(arguments: ContrastiveArguments) -> datasets.Dataset:
     """Read the distinct sentences to train on, a sample of them if so asked."""
-    sentences = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments.columns)
+    sentences = read_sentence_pool(arguments.sentences, arguments.data_dir, arguments)
     return sample(sentences, arguments.num_sentences, arguments.seed)
 
 

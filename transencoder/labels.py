@@ -81,7 +81,7 @@ def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> data
     if not arguments.scores:
         check_encoders(arguments.teachers, model_options(arguments))
         return read_pool(arguments, drop_duplicates=True)
-    pairs = read_pairs([arguments.scores], "score", arguments.columns)
+    pairs = read_pairs([arguments.scores], "score", arguments)
     scores = numbers(pairs, "score")
     (outside,) = np.nonzero(np.abs(scores) > 1 + 1e-5)
     if len(outside) and getattr(arguments, "rescale", "none") == "none":

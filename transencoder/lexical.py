@@ -11,7 +11,8 @@ import datasets
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from transencoder.data.tables import RANDOM_ROWS, blocks, cache_folder, release_pages
+from transencoder.data.cache import cache_folder
+from transencoder.data.tables import RANDOM_ROWS, blocks, release_pages
 from transencoder.data.tokens import unique_sentences
 from transencoder.runtime.optional import load_optional
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import random_pairs, write_jsonl
 
 from transencoder.config.arguments import ScoringArguments
+from transencoder.config.options import Reading
 from transencoder.data import hub_sets
 from transencoder.data.pools import (
     POOLS,
@@ -30,7 +31,7 @@ def naming(pairs, data_dir):
 
 def options(pairs, data_dir=None, **changes):
     """What a stage that reads pairs knows of them."""
-    values = dict(extra_pairs=None, num_extra_pairs=None, num_training_pairs=None, columns=None, seed=1)
+    values = dict(extra_pairs=None, num_extra_pairs=None, num_training_pairs=None, seed=1, **vars(Reading()))
     return SimpleNamespace(pairs=pairs, data_dir=data_dir and str(data_dir), **{**values, **changes})
 
 
@@ -95,7 +96,7 @@ def test_samples_and_extra_pairs(data_dir, tmp_path, capsys):
 
 
 def test_sentences_of_pools_and_of_wikipedia(data_dir, capsys):
-    found = read_sentence_pool(["wiki1m", "sts"], str(data_dir), None)["sentence"][:]
+    found = read_sentence_pool(["wiki1m", "sts"], str(data_dir))["sentence"][:]
     assert found[:2] == ["a", "b"] and len(set(found)) == len(found) > 4
     assert "wiki1m: 3 sentences, 1000000 expected" in said(capsys)
 
@@ -104,7 +105,7 @@ def test_sentences_of_pools_and_of_wikipedia(data_dir, capsys):
 def test_what_is_neither_a_file_nor_a_pool_is_refused_with_the_pools(data_dir, name):
     for read in (
         lambda: read_pool(options([name], data_dir), drop_duplicates=True),
-        lambda: read_sentence_pool([name], str(data_dir), None),
+        lambda: read_sentence_pool([name], str(data_dir)),
     ):
         with pytest.raises(InputError) as caught:
             read()
@@ -117,7 +118,7 @@ def test_a_pool_without_its_files_is_refused(data_dir):
         read_pool(options(["sts_sickr"], data_dir), drop_duplicates=True)
     (data_dir / "wiki1m.txt").unlink()
     with pytest.raises(InputError, match=r"no wiki1m\.txt\(\.gz\)"):
-        read_sentence_pool(["wiki1m"], str(data_dir), None)
+        read_sentence_pool(["wiki1m"], str(data_dir))
 
 
 def test_only_where_the_order_means_nothing_pairs_are_turned_round():
@@ -246,7 +247,6 @@ def test_a_set_with_one_value_only_is_refused(tmp_path):
         path = tmp_path / f"{gold}.jsonl"
         path.write_text("".join(json.dumps({**row, "score": 1, gold: 1}) + "\n" for row in rows))
         spec = f"mine={path}"
-        if gold == "score":
-            path.write_text(path.read_text().replace('"label"', '"other"'))
+        path.write_text(path.read_text().replace('"score"' if gold == "label" else '"label"', '"other"'))
         with pytest.raises(InputError, match=f"^{spec}: {words}"):
             load_task(spec)

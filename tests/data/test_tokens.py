@@ -13,7 +13,8 @@ from transencoder.batches import LengthWindowSampler, PairInputs, SentencePairs,
 from transencoder.contrastive import DropoutViews, MaskedViews
 from transencoder.data import tables
 from transencoder.data import tokens as data
-from transencoder.data.tables import PAIRS, SENTENCES, cache_folder, read_sentences
+from transencoder.data.cache import cache_folder
+from transencoder.data.tables import PAIRS, SENTENCES, read_sentences
 from transencoder.data.tokens import TokenRows, tokenize, unique_sentences
 from transencoder.encoders import BiEncoder, CrossEncoder, load_bi_encoder, load_cross_encoder
 from transencoder.errors import InputError

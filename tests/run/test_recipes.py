@@ -22,7 +22,7 @@ def gold_pairs(task: str, count: int, seed: int) -> list[dict]:
     """Random pairs with the kind of gold that the task has."""
     rows = random_pairs(count, seed)
     if TASKS[task].gold == "label":
-        rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in rows]
+        rows = [{"label": int(row.pop("score") > 2.5), **row} for row in rows]
     return rows
 
 

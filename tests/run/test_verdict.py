@@ -101,7 +101,7 @@ def test_search_re_ranks_only_where_that_was_measured_to_be_better():
 def measured(tmp_path):
     """A run with a dev and a test set: the bi-encoder of cycle 1 is better than the start, the cross-encoder worse."""
     draws, run = np.random.default_rng(0), tmp_path / "run"
-    pairs = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(300)]
+    pairs = [{"label": int(row.pop("score") > 2.5), **row} for row in random_pairs(300)]
     tasks = [
         load_task(f"mine{split}={write_jsonl(tmp_path / f'm{split}.jsonl', pairs[half])}") for split, half in SPLIT
     ]
@@ -169,7 +169,7 @@ def test_scores_of_other_sets_or_from_a_damaged_file_give_no_verdict(measured):
 
 
 def test_a_set_that_is_another_one_in_a_later_cycle_is_refused(measured, tmp_path):
-    rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(150, seed=9)]
+    rows = [{"label": int(row.pop("score") > 2.5), **row} for row in random_pairs(150, seed=9)]
     tasks = [load_task(f"mine{split}={write_jsonl(tmp_path / f'o{split}.jsonl', rows)}") for split, _ in SPLIT]
     names = [str(measured / f"cycle-1/{kind}-encoder/one") for kind in ("cross", "bi")]
     keep(Layout(measured), 1, names, tasks, [[np.arange(150.0)] * 2] * 2)

@@ -215,7 +215,7 @@ def test_a_cross_encoder_over_a_bi_encoder_leaves_nothing_of_it(start, tiny_bert
 
 @pytest.mark.slow
 def test_evaluation_of_an_ensemble_and_of_labels(start, cross, corpus, tmp_path):
-    rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(40, seed=3)]
+    rows = [{"label": int(row.pop("score") > 2.5), **row} for row in random_pairs(40, seed=3)]
     words = ["--encoders", start, cross, "--ensemble", "--output_dir", tmp_path / "out"]
     result = must(launch("evaluate_encoders.py", *words, "--tasks", f"dup={write_jsonl(tmp_path / 'd.jsonl', rows)}"))
     (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())

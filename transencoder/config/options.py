@@ -61,7 +61,20 @@ def is_text(word: str) -> bool:
 
 
 @dataclass
-class CommonArguments:
+class Reading:
+    """Options of reading files and Hub sets."""
+
+    GROUP = "reading"
+
+    columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
+    skip_bad_rows: bool = option(
+        "Leave out rows with an empty sentence, a score that is no number or the like, and say how many there were.",
+        False,
+    )
+
+
+@dataclass
+class CommonArguments(Reading):
     """Options of every stage and of the tools that use trained models."""
 
     GROUP = "general"
@@ -70,7 +83,6 @@ class CommonArguments:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "Autocast type. auto: what the launcher says, else bf16 where the hardware computes in it, else fp32.", "auto"
     )
-    columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
 
 
 @dataclass

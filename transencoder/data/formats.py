@@ -1,17 +1,17 @@
-"""The rows of a file in any of the formats, read block by block, with what is said of a row that is wrong; written."""
+"""The rows of a file in any of the formats: read block by block, as they are; and written."""
 
 import csv
+import gzip
+import itertools
 import json
 import os
-import sys
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from transencoder.errors import InputError
@@ -19,8 +19,28 @@ from transencoder.runtime.files import replacing
 
 PAIR_SEPARATOR = "||"
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
-BLOCK_BYTES = 16 << 20
+NUMBERS = ("score", "label")  # our names of columns that hold numbers
+BLOCK_CHARACTERS = 4 << 20
+BLOCK_ROWS = 65_536
+LONGEST_CELL = 1 << 26  # characters; beyond it, a quote was not closed
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n?')  # as Excel writes it above the header
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that begins with one of these
+
+Row = list[Any] | str  # the values, or what is wrong with the row
+
+
+class Block(NamedTuple):
+    """Rows of a file, as they were found.
+
+    Args:
+        batch: one column for each that is wanted, under our names.
+        numbers: of the rows in the file, as a person counts them: from 1, without the header.
+        problems: what is wrong with some of the rows, by their places in the batch.
+    """
+
+    batch: pa.RecordBatch
+    numbers: list[int] | range
+    problems: dict[int, str]
 
 
 def format_of(source: str) -> str:
@@ -48,21 +68,18 @@ def check_file(source: str) -> None:
 def column_names(source: str) -> list[str]:
     """Return a file's columns, from its first row; none for .txt. Raises `InputError` if it cannot be read."""
     check_file(source)
-    format_ = format_of(source)
     try:
-        if format_ == ".txt":
+        if format_of(source) == ".txt":
             return []
-        if format_ == ".parquet":
+        if format_of(source) == ".parquet":
             return pq.read_schema(source).names
-        with _open(source) as stream:
-            first = next(_lines(stream), "")
-        if format_ == ".jsonl":
-            row = json.loads(first)
-            return list(row) if isinstance(row, dict) else []
-        return first.split("\t") if format_ == ".tsv" else next(csv.reader([first]), [])
-    except UnicodeDecodeError as error:
+        names = _first_keys(source) if format_of(source) == ".jsonl" else _table(source)[0]
+        for name in names:
+            name.encode()
+        return names
+    except UnicodeEncodeError as error:
         raise InputError(f"{source}: not UTF-8 text") from error
-    except (ValueError, RecursionError, pa.ArrowException, OSError, EOFError, csv.Error) as error:
+    except (ValueError, RecursionError, pa.ArrowException, OSError, EOFError, csv.Error, zlib.error) as error:
         raise InputError(f"{source}: cannot be read: {error}") from error
 
 
@@ -85,163 +102,176 @@ def require_columns(source: str, theirs: list[str], found: list[str]) -> None:
         raise InputError(f"{source}: two columns are called {twice[0]!r}")
 
 
-def read_batches(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> Iterator[pa.RecordBatch]:
-    """Yield blocks of a file with the `wanted` columns, under our names, unchecked."""
-    theirs = [theirs_of(name, renaming, column_names(source)) for name in wanted]
-    readers = {".txt": _read_text, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
-    reader = readers.get(format_of(source), _read_delimited)
-    if reader is not _read_text:
-        require_columns(source, theirs, column_names(source))
+def read_blocks(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> Iterator[Block]:
+    """Yield the rows of a file, the `wanted` columns under our names; `checked` looks at what they hold."""
+    found = column_names(source)
+    theirs = [theirs_of(name, renaming, found) for name in wanted]
+    if format_of(source) != ".txt":
+        require_columns(source, theirs, found)
     try:
-        for batch in reader(source, theirs):
-            yield pa.record_batch(batch.columns, names=list(wanted))
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: not UTF-8 text") from error
-    except (pa.ArrowException, OSError, EOFError) as error:
+        if format_of(source) == ".parquet":
+            yield from _read_parquet(source, theirs, wanted)
+        else:
+            readers = {".txt": _text_rows, ".jsonl": _json_rows}
+            yield from _in_blocks(readers.get(format_of(source), _table_rows)(source, theirs, wanted), wanted)
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{source}: cannot be read: {error}") from error
 
 
-def _open(source: str) -> pa.NativeFile:
-    return pa.input_stream(source, compression="gzip" if source.endswith(".gz") else None)
+def _lines(source: str) -> Iterator[str]:
+    """Yield lines with their ends, of any system. Bytes that are not UTF-8 become surrogates, to be found later."""
+    opened = gzip.open if source.endswith(".gz") else open
+    with opened(source, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        yield from stream
 
 
-def _read_text(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield a sentence, or `sentence1||sentence2`, a line. A blank line is an empty sentence: the check refuses it."""
-    with _open(source) as stream:
-        lines: list[list[str]] = []
-        for number, line in enumerate(_lines(stream), start=1):
-            fields = [line] if len(theirs) == 1 else line.split(PAIR_SEPARATOR)
-            if len(fields) != len(theirs):
-                raise InputError(
-                    f"{source}: row {number}: expected {PAIR_SEPARATOR.join(theirs)}, found {len(fields)} field(s)"
-                )
-            lines.append(fields)
-            if len(lines) == 100_000:
-                yield pa.record_batch([list(column) for column in zip(*lines, strict=True)], names=theirs)
-                lines = []
-        if lines:
-            yield pa.record_batch([list(column) for column in zip(*lines, strict=True)], names=theirs)
+def _text_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    """Yield a sentence, or `sentence1||sentence2`, a line. Blank lines at the end are none."""
+    blank: list[str] = []
+    for number, line in enumerate(map(_without_end, _lines(source)), start=1):
+        if not line.strip():
+            blank.append(line)
+            continue
+        for place, text in enumerate([*blank, line], start=number - len(blank)):
+            fields = [text] if len(wanted) == 1 else text.split(PAIR_SEPARATOR)
+            found = f"expected {PAIR_SEPARATOR.join(wanted)}, found {len(fields)} field(s)"
+            yield place, fields if len(fields) == len(wanted) else found
+        blank.clear()
 
 
-def _lines(stream: pa.NativeFile) -> Iterator[str]:
-    """Decoded lines without their ends; a byte order mark at the start is dropped."""
-    rest, first = b"", True
-    while block := stream.read(BLOCK_BYTES):
-        *whole, rest = (rest + block).split(b"\n")
-        for line in whole:
-            yield line.removesuffix(b"\r").decode("utf-8-sig" if first else "utf-8")
-            first = False
-    if rest:
-        yield rest.removesuffix(b"\r").decode("utf-8-sig" if first else "utf-8")
+def _without_end(line: str) -> str:
+    return line.rstrip("\r\n")
 
 
-def _read_delimited(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
-    """.csv with quotes as usual; .tsv without quoting, as NLP data sets write it. The first row names the columns."""
-    tabs = format_of(source) == ".tsv"
-    options = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in theirs}, include_columns=theirs, strings_can_be_null=False
+def _table(source: str) -> tuple[list[str], Iterator[list[str]]]:
+    """Return the header of a .csv, with quotes as usual, or of a .tsv, without quoting; and its rows.
+
+    Python's own reader is strict about quotes; pyarrow's would take several rows for one where a quote is not closed.
+    """
+    lines = _lines(source)
+    first, tabs = next(lines, ""), format_of(source) == ".tsv"
+    named = SEPARATOR_LINE.fullmatch(first)
+    csv.field_size_limit(LONGEST_CELL)
+    rows = csv.reader(
+        lines if named else itertools.chain([first], lines),
+        delimiter=named[1] if named else "\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
     )
-    parsing = pyarrow.csv.ParseOptions(
-        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
-    )
-    # One thread: only then do pyarrow's messages name the row.
-    reading = pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-    with _open(source) as stream:
-        yield from pyarrow.csv.open_csv(stream, read_options=reading, parse_options=parsing, convert_options=options)
+    rows = filter(None, rows)  # blank lines are no rows
+    return next(rows, []), rows
 
 
-def _read_jsonl(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield one object a line; fields that nobody asked for are ignored."""
-    numeric = {"score", "label"}
-    schema = pa.schema([(name, pa.float64() if name in numeric else pa.string()) for name in theirs])
+def _table_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    header, rows = _table(source)
+    places = [header.index(name) for name in theirs]
+    for number in itertools.count(1):
+        try:
+            fields = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # Where the next row begins, nobody can say.
+            raise InputError(
+                f"{source}: row {number}: a quote that is not closed, or that should be doubled ({error})"
+            ) from error
+        wrong = f"expected {len(header)} columns, found {len(fields)}"
+        yield number, [fields[place] for place in places] if len(fields) == len(header) else wrong
+
+
+def _first_keys(source: str) -> list[str]:
+    """Return the keys of the first object; raise ValueError where there is none."""
+    first = next(filter(str.strip, _lines(source)), "")
     try:
-        parsing = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        with _open(source) as stream:
-            reading = pyarrow.json.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
-            yield from pyarrow.json.open_json(stream, read_options=reading, parse_options=parsing)
-    except (pa.ArrowInvalid, ValueError, TypeError) as error:
-        raise InputError(_first_bad_json_row(source, schema) or f"{source}: cannot be read: {error}") from error
+        row = json.loads(first)
+    except ValueError as error:
+        if first.strip() in ("{", "["):
+            raise ValueError("JSON over several lines; make it one object a line (jq -c '.[]' or jq -c .)") from error
+        raise
+    if isinstance(row, list):
+        raise ValueError("a JSON array; make it one object a line (jq -c '.[]')")
+    return list(row) if isinstance(row, dict) else []
 
 
-def _first_bad_json_row(source: str, schema: pa.Schema) -> str | None:
-    """Look line by line for what pyarrow refused: it counts from its block's start and skips blank lines."""
-    with _open(source) as stream:
-        for number, line in enumerate(_lines(stream), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                return f"{source}: line {number}: not JSON: {error}"
-            if not isinstance(row, dict):
-                return f"{source}: line {number}: not a JSON object"
-            for name, type_ in zip(schema.names, schema.types, strict=True):
-                value = row.get(name)
-                if type_ == pa.string() and value is not None and not isinstance(value, str):
-                    return f"{source}: line {number}: {name} is not a string"
-                if type_ == pa.float64() and (isinstance(value, bool) or not isinstance(value, int | float)):
-                    return f"{source}: line {number}: {name} {value!r} is not a number"
-                if type_ == pa.float64() and not abs(value) <= sys.float_info.max:
-                    return f"{source}: line {number}: {name} is not a finite number"
-    return None
+def _json_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    """Yield one object a line; blank lines are passed over, and fields that nobody asked for."""
+    for number, line in enumerate(_lines(source), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON: {error}"
+            continue
+        if not isinstance(row, dict):
+            yield number, "not a JSON object"
+            continue
+        try:
+            yield number, [_json_value(name, row.get(key)) for name, key in zip(wanted, theirs, strict=True)]
+        except (ValueError, OverflowError) as error:
+            yield number, str(error)
 
 
-def _read_parquet(source: str, theirs: list[str]) -> Iterator[pa.RecordBatch]:
+def _json_value(name: str, value: Any) -> Any:
+    """Return text as it is and numbers as float; raise ValueError for anything else."""
+    if value is None or (name not in NUMBERS and isinstance(value, str)):
+        return value
+    if name not in NUMBERS:
+        raise ValueError(f"{name} is not a string")
+    if not isinstance(value, int | float) or (isinstance(value, bool) and name != "label"):
+        raise ValueError(f"{name} {value!r:.60} is not a number")
+    return float(value) if abs(value) < 1e308 else float("inf")
+
+
+def _in_blocks(rows: Iterator[tuple[int, Row]], names: tuple[str, ...]) -> Iterator[Block]:
+    """Put rows together to blocks of `BLOCK_ROWS`, or fewer if they are long."""
+    numbers: list[int] = []
+    found: list[Row] = []
+    size = 0
+    for number, row in rows:
+        numbers.append(number)
+        found.append(row)
+        size += sum(len(value) for value in row if isinstance(value, str))
+        if size > BLOCK_CHARACTERS or len(found) == BLOCK_ROWS:
+            yield _block(found, numbers, names)
+            numbers, found, size = [], [], 0
+    if found:
+        yield _block(found, numbers, names)
+
+
+def _block(rows: list[Row], numbers: list[int], names: tuple[str, ...]) -> Block:
+    problems = {place: row for place, row in enumerate(rows) if isinstance(row, str)}
+    columns = zip(*([None] * len(names) if isinstance(row, str) else row for row in rows), strict=True)
+    arrays = [_array(name, list(values), problems) for name, values in zip(names, columns, strict=True)]
+    return Block(pa.record_batch(arrays, names=list(names)), numbers, problems)
+
+
+def _array(name: str, values: list[Any], problems: dict[int, str]) -> pa.Array:
+    """Return strings, or numbers, as an array; those that are not UTF-8 are nulls, and among the problems."""
+    type_ = None if name in NUMBERS else pa.large_string()
+    try:
+        return pa.array(values, type_)
+    except UnicodeEncodeError:
+        for place, value in enumerate(values):
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                problems.setdefault(place, f"{name} is not UTF-8 text")
+                values[place] = None
+        return pa.array(values, type_)
+
+
+def _read_parquet(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iterator[Block]:
     with pq.ParquetFile(source) as file:
-        for batch in file.iter_batches(columns=theirs):
-            yield batch.select(theirs)
+        yield from as_blocks(
+            pa.record_batch(b.select(theirs).columns, names=list(wanted)) for b in file.iter_batches(columns=theirs)
+        )
 
 
-def checked(batch: pa.RecordBatch, source: str, rows_before: int, schema: pa.Schema) -> pa.RecordBatch:
-    """`batch` in `schema`'s types, or an `InputError` that names the first bad row (from 1, header left out)."""
-
-    def refuse(bad: pa.Array, what: str) -> None:
-        row = pc.index(bad, True).as_py()
-        if row >= 0:
-            raise InputError(f"{source}: row {rows_before + row + 1}: {what}")
-
-    arrays = []
-    for name, type_ in zip(schema.names, schema.types, strict=True):
-        column = batch.column(name)
-        refuse(pc.is_null(column), f"{name} is missing")
-        if type_ == pa.float64():
-            column = _as_numbers(column, name, source, rows_before)
-            refuse(pc.invert(pc.is_finite(column)), f"{name} is not a finite number")
-            if name == "label":
-                refuse(pc.invert(pc.is_in(column, pa.array([0.0, 1.0]))), "label is neither 0 nor 1")
-        else:
-            column = _as_text(column, name, source)
-            refuse(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), f"{name} is empty")
-            refuse(pc.match_substring(column, "\0"), f"{name} holds a NUL character (is the file UTF-16?)")
-        arrays.append(column)
-    return pa.record_batch(arrays, schema=schema)
-
-
-def _as_text(column: pa.Array, name: str, source: str) -> pa.Array:
-    """Cast to large_string, and make sure that it is UTF-8: pyarrow's JSON reader does not look."""
-    try:
-        text = column.cast(pa.large_string())
-        text.validate(full=True)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{source}: {name} is not UTF-8 text") from error
-    return text
-
-
-def _as_numbers(column: pa.Array, name: str, source: str, rows_before: int) -> pa.Array:
-    """Cast to float64; on failure find the row and say what stands there."""
-    try:
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            column = pc.utf8_trim_whitespace(column)
-        return column.cast(pa.float64(), safe=not pa.types.is_integer(column.type))  # large ones are rounded
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        for row, value in enumerate(column, start=rows_before + 1):
-            try:
-                value.cast(pa.float64())
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                raise InputError(f"{source}: row {row}: {name} {value.as_py()!r} is not a number") from None
-        raise InputError(f"{source}: {name} is of type {column.type}, not a number") from error
+def as_blocks(batches: Iterable[pa.RecordBatch]) -> Iterator[Block]:
+    """Number the rows of batches."""
+    start = 1
+    for batch in batches:
+        yield Block(batch, range(start, start + len(batch)), {})
+        start += len(batch)
 
 
 def write_rows(path: Path, names: list[str], rows: Iterable[Iterable[Any]]) -> None:

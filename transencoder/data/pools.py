@@ -7,9 +7,10 @@ from typing import Any
 import datasets
 
 from transencoder.config.arguments import LabelArguments, ScoringArguments
-from transencoder.config.options import result_options
+from transencoder.config.options import Reading, result_options
 from transencoder.data.hub_sets import load_split
 from transencoder.data.tables import (
+    AS_IT_IS,
     SENTENCES,
     check_hub_table,
     is_hub_id,
@@ -20,7 +21,7 @@ from transencoder.data.tables import (
     sides,
     without_repeats,
 )
-from transencoder.data.tasks import TASKS, expand_groups, local_file, read_split
+from transencoder.data.tasks import TASKS, expand_groups, local_file, read_split, split_name
 from transencoder.errors import InputError
 from transencoder.runtime.accelerator import log
 
@@ -66,16 +67,16 @@ def read_pool(arguments: ScoringArguments | LabelArguments, drop_duplicates: boo
         arguments: `pairs` (names of `POOLS`, files, NAME=FILE, Hub ids), what `PoolArguments` adds, and the seed.
         drop_duplicates: keep the first of exactly equal pairs; a named pool has no others.
     """
-    data_dir, columns, seed = arguments.data_dir, arguments.columns, arguments.seed
-    table = _sampled(_together(arguments.pairs, data_dir, columns), arguments.num_training_pairs, seed, "pairs")
+    data_dir, seed = arguments.data_dir, arguments.seed
+    table = _sampled(_together(arguments.pairs, data_dir, arguments), arguments.num_training_pairs, seed, "pairs")
     if arguments.extra_pairs:
-        extra = _together(arguments.extra_pairs, data_dir, columns)
+        extra = _together(arguments.extra_pairs, data_dir, arguments)
         extra = _sampled(extra, arguments.num_extra_pairs, seed, "extra pairs")
         table = datasets.concatenate_datasets([table, extra])
     return without_repeats(table) if drop_duplicates else table
 
 
-def read_sentence_pool(sources: list[str], data_dir: str | None, columns: list[str] | None) -> datasets.Dataset:
+def read_sentence_pool(sources: list[str], data_dir: str | None, reading: Reading = AS_IT_IS) -> datasets.Dataset:
     """Read the distinct sentences of named pools, `wiki1m`, files and Hub ids, like `tables.read_sentences`."""
     parts = []
     for source in sources:
@@ -84,7 +85,7 @@ def read_sentence_pool(sources: list[str], data_dir: str | None, columns: list[s
         elif source in POOLS:
             parts += sides(_named_pool(source, data_dir))
         else:
-            parts += sentence_parts(_file_of(source, (*POOLS, WIKI)), columns)
+            parts += sentence_parts(_file_of(source, (*POOLS, WIKI)), reading)
     return join_sentences(parts, sources)
 
 
@@ -122,7 +123,7 @@ def input_files(arguments: Any) -> list[Path]:
     values = result_options(arguments)
     named = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
     words = [item for item in named if isinstance(item, str)]
-    paths = [Path(word.rpartition("=")[2]) for word in words]
+    paths = [Path(split_name(word)[1]) for word in words]
     return paths + (_local_files(words, values["data_dir"]) if values.get("data_dir") else [])
 
 
@@ -139,10 +140,10 @@ def _local_files(names: list[str], data_dir: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _together(specs: list[str], data_dir: str | None, columns: list[str] | None) -> datasets.Dataset:
+def _together(specs: list[str], data_dir: str | None, reading: Reading) -> datasets.Dataset:
     """Read the pairs of pools and files into one table."""
     tables = [
-        _named_pool(spec, data_dir) if spec in POOLS else read_pairs([_file_of(spec, tuple(POOLS))], columns=columns)
+        _named_pool(spec, data_dir) if spec in POOLS else read_pairs([_file_of(spec, tuple(POOLS))], reading=reading)
         for spec in specs
     ]
     return datasets.concatenate_datasets(tables)
@@ -172,7 +173,7 @@ def _named_pool(name: str, data_dir: str | None) -> datasets.Dataset:
 
 def _file_of(spec: str, names: tuple[str, ...]) -> str:
     """Return the file of FILE or NAME=FILE; raise `InputError` if it is no Hub id either. `names`: known pools."""
-    path = spec if Path(spec).exists() else spec.rpartition("=")[2]
+    path = split_name(spec)[1]
     if not Path(path).exists() and not is_hub_id(path) and "." not in Path(path).name:
         raise InputError(f"{spec}: neither a file nor a pool; pools: {', '.join(names)}")
     return path
@@ -195,7 +196,7 @@ def _wikipedia(data_dir: str | None) -> datasets.Dataset:
     if data_dir and not path:
         raise InputError(f"--data_dir {data_dir}: no {WIKI}.txt(.gz)")
     if path:
-        (table,) = sentence_parts(str(path), None)
+        (table,) = sentence_parts(str(path))
     else:
         table = load_split(hub_id, "train", data_files=file).rename_column("text", "sentence")
         table = table.filter(lambda row: bool(row["sentence"].strip()))

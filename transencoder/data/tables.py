@@ -6,34 +6,33 @@ not memory, and a second run with the same file starts at once.
 
 import ctypes
 import hashlib
-import json
 import mmap
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 
+from transencoder.config.options import Reading
+from transencoder.data.bad_rows import BadRows, checked
+from transencoder.data.cache import cache_key, cached, checksum
 from transencoder.data.formats import (
+    NUMBERS,
+    Block,
+    as_blocks,
     check_file,
-    checked,
     column_names,
     format_of,
-    read_batches,
+    read_blocks,
     require_columns,
     theirs_of,
 )
 from transencoder.data.hub_sets import load_split
-from transencoder.errors import InputError, writing
-from transencoder.runtime.files import replacing
-from transencoder.runtime.waiting import local_main_process_first
+from transencoder.errors import InputError
 
 SENTENCES = ("sentence",)
 PAIRS = ("sentence1", "sentence2")
@@ -42,23 +41,23 @@ BLOCK_ROWS = 65_536  # rows of a table that are worked on at a time
 MAPPED_BYTES = 1 << 27  # files up to this size may stay mapped as a whole
 RANDOM_ROWS = 4096  # rows from all over a long file after which its pages are given back; each can map 64 KiB
 LIBC = ctypes.CDLL(None)
-CACHE_VERSION = 2  # raise it when what is written to the cache changes
+AS_IT_IS = Reading()
 
 
-def read_sentences(sources: list[str], columns: list[str] | None = None) -> datasets.Dataset:
+def read_sentences(sources: list[str], reading: Reading = AS_IT_IS) -> datasets.Dataset:
     """Read the distinct sentences of all `sources`, in order of first appearance, as the column `sentence`.
 
     A file of pairs gives the sentences of both its columns. Repeated sentences are left out: as one another's in-batch
     negatives they would be pushed apart. Raises `InputError` as `read_pairs` does.
     """
-    return join_sentences([part for source in sources for part in sentence_parts(source, columns)], sources)
+    return join_sentences([part for source in sources for part in sentence_parts(source, reading)], sources)
 
 
-def sentence_parts(source: str, columns: list[str] | None) -> list[datasets.Dataset]:
+def sentence_parts(source: str, reading: Reading = AS_IT_IS) -> list[datasets.Dataset]:
     """Read the column `sentence` of a source, or one for each side of its pairs; repeats included."""
-    if not is_hub_id(source) and _holds_pairs(source, parse_renaming(columns)):
-        return sides(_cached_table(source, PAIRS, columns))
-    return [_cached_table(source, SENTENCES, columns)]
+    if not is_hub_id(source) and _holds_pairs(source, parse_renaming(reading.columns)):
+        return sides(_cached_table(source, PAIRS, reading))
+    return [_cached_table(source, SENTENCES, reading)]
 
 
 def sides(pairs: datasets.Dataset) -> list[datasets.Dataset]:
@@ -74,7 +73,7 @@ def join_sentences(parts: list[datasets.Dataset], sources: list[str]) -> dataset
 
 
 def read_pairs(
-    sources: list[str], gold: str | None = None, columns: list[str] | None = None, drop_duplicates: bool = False
+    sources: list[str], gold: str | None = None, reading: Reading = AS_IT_IS, drop_duplicates: bool = False
 ) -> datasets.Dataset:
     """Pairs of all `sources`, in order.
 
@@ -82,17 +81,16 @@ def read_pairs(
         sources: .txt (`sentence1||sentence2`), .tsv, .csv, .jsonl or .parquet, plain or .gz, or Hub ids
             (`ORG/NAME:split@revision`; by default train and main).
         gold: name of a numeric column to read as well: "score" or "label" (0 or 1).
-        columns: renaming, `ours=theirs`.
+        reading: how columns are renamed, and what is done about bad rows.
         drop_duplicates: keep the first of exactly equal pairs.
     Returns:
         A memory-mapped dataset with the string columns `sentence1` and `sentence2`, and `gold` as float64.
     Raises:
         InputError: a missing, empty or unreadable file, a missing column, an empty sentence, a score that is not a
-            number,
-            fewer than two distinct sentences. The message names file, row and column.
+            number, fewer than two distinct sentences. The message names file, row and column.
     """
     wanted = PAIRS + ((gold,) if gold else ())
-    table = datasets.concatenate_datasets([_cached_table(source, wanted, columns) for source in sources])
+    table = datasets.concatenate_datasets([_cached_table(source, wanted, reading) for source in sources])
     _check_two_distinct(table, PAIRS, sources)
     return without_repeats(table) if drop_duplicates else table
 
@@ -190,39 +188,46 @@ def is_hub_id(source: str) -> bool:
     return bool(HUB_ID.match(source)) and not Path(source).exists() and not format_of(source)
 
 
-def _cached_table(source: str, wanted: tuple[str, ...], columns: list[str] | None) -> datasets.Dataset:
+def _cached_table(source: str, wanted: tuple[str, ...], reading: Reading) -> datasets.Dataset:
     """Return one source as a memory-mapped table of the `wanted` columns, read and checked on first sight only."""
-    renaming = parse_renaming(columns)
     if is_hub_id(source):
-        return _from_hub(source, wanted, renaming)
+        return _from_hub(source, wanted, reading)
     check_file(source)
-    path, stat = Path(source).resolve(), Path(source).stat()
-    key = cache_key(str(path), stat.st_size, stat.st_mtime_ns, wanted, sorted(renaming.items()))
-    return _through_cache(key, source, lambda: read_batches(source, wanted, renaming), wanted)
+    renaming, content = parse_renaming(reading.columns), _content(source)
+    key = cache_key(content, format_of(source), wanted, sorted(renaming.items()), reading.skip_bad_rows)
+
+    def blocks_of_file() -> Iterator[Block]:
+        yield from read_blocks(source, wanted, renaming)
+        if _content(source) != content:
+            raise InputError(f"{source}: has changed while it was read; run the same command again")
+
+    return _through_cache(key, source, blocks_of_file, wanted, reading)
 
 
-def cache_key(*parts: Any) -> str:
-    """Return a name for a cache file, from everything its content depends on."""
-    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:32]
+def _content(source: str) -> str:
+    """Return the checksum of a file: another one may have its name, its size and its time."""
+    try:
+        return checksum(Path(source))
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror}") from error
 
 
 def _through_cache(
-    key: str, source: str, batches: Callable[[], Iterator[pa.RecordBatch]], wanted: tuple[str, ...]
+    key: str, source: str, read: Callable[[], Iterator[Block]], wanted: tuple[str, ...], reading: Reading
 ) -> datasets.Dataset:
     """Return the table of this key, written first if it is not there yet."""
-    cached = cache_folder() / f"{key}.arrow"
-    with local_main_process_first():
-        if not cached.exists():
-            _write_arrow(cached, source, batches(), wanted)
-    return datasets.Dataset.from_file(str(cached))
+    schema = pa.schema([(name, pa.float64() if name in NUMBERS else pa.large_string()) for name in wanted])
 
+    def make(target: Path) -> str:
+        bad = BadRows(source, reading.skip_bad_rows)
+        with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for block in read():
+                writer.write_batch(bad.sift(checked(block, source, schema)))
+        if bad.rows == bad.left_out:
+            raise InputError(f"{source}: no rows" + (f" are good; {bad.first}" if bad.rows else ""))
+        return bad.report
 
-def cache_folder() -> Path:
-    """Return where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trans-encoder"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return cached([f"{key}.arrow"], make, lambda path: datasets.Dataset.from_file(str(path)))
 
 
 def parse_renaming(columns: list[str] | None) -> dict[str, str]:
@@ -233,39 +238,24 @@ def parse_renaming(columns: list[str] | None) -> dict[str, str]:
     return dict(item.split("=") for item in columns or [])
 
 
-def _write_arrow(target: Path, source: str, batches: Iterator[pa.RecordBatch], wanted: tuple[str, ...]) -> None:
-    """Write checked `batches` to `target` by way of a temporary name."""
-    schema = pa.schema([(name, pa.large_string() if name in PAIRS + SENTENCES else pa.float64()) for name in wanted])
-    rows = 0
-    with replacing(target) as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(checked(batch, source, rows, schema))
-                rows += batch.num_rows
-        if rows == 0:
-            raise InputError(f"{source}: no rows")
-
-
-def _from_hub(source: str, wanted: tuple[str, ...], renaming: dict[str, str]) -> datasets.Dataset:
+def _from_hub(source: str, wanted: tuple[str, ...], reading: Reading) -> datasets.Dataset:
     """Load a split of a Hub dataset, `ORG/NAME:split@revision` (default: train, main)."""
     name, _, revision = source.partition("@")
     name, _, split = name.partition(":")
-    table = load_split(name, split or "train", revision=revision or None)
+    table, renaming = load_split(name, split or "train", revision=revision or None), parse_renaming(reading.columns)
     theirs = [theirs_of(name, renaming, table.column_names) for name in wanted]
     require_columns(source, theirs, table.column_names)
     table = table.select_columns(theirs).rename_columns({b: a for a, b in zip(wanted, theirs, strict=True) if a != b})
-    return check_hub_table(table, source, wanted)
+    return check_hub_table(table, source, wanted, reading)
 
 
-def check_hub_table(table: datasets.Dataset, source: str, wanted: tuple[str, ...]) -> datasets.Dataset:
+def check_hub_table(
+    table: datasets.Dataset, source: str, wanted: tuple[str, ...], reading: Reading = AS_IT_IS
+) -> datasets.Dataset:
     """Return a Hub table with the `wanted` columns, checked as files are. `source`: how an error names it."""
     chunks = table.with_format("arrow").iter(100_000)
-    return _through_cache(
-        cache_key(table._fingerprint, wanted),
-        source,
-        lambda: (b for chunk in chunks for b in chunk.to_batches()),
-        wanted,
-    )
+    key = cache_key(table._fingerprint, wanted, reading.skip_bad_rows)
+    return _through_cache(key, source, lambda: as_blocks(b for c in chunks for b in c.to_batches()), wanted, reading)
 
 
 def _check_two_distinct(table: datasets.Dataset, names: tuple[str, ...], sources: list[str]) -> None:

@@ -11,9 +11,10 @@ import datasets
 import numpy as np
 
 from transencoder.config.arguments import TrainingArguments
+from transencoder.config.options import Reading
 from transencoder.data.formats import column_names
 from transencoder.data.hub_sets import load_split
-from transencoder.data.tables import PAIRS, check_hub_table, is_hub_id, parse_renaming, read_pairs
+from transencoder.data.tables import AS_IT_IS, PAIRS, check_hub_table, is_hub_id, parse_renaming, read_pairs
 from transencoder.errors import InputError
 from transencoder.runtime.accelerator import log
 
@@ -157,16 +158,16 @@ def title(name: str, split: str) -> str:
     return name if split == "test" else f"{name}.{split}"
 
 
-def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None = None) -> Task:
+def load_task(spec: str, data_dir: str | None = None, reading: Reading = AS_IT_IS) -> Task:
     """Load a task for measuring.
 
     Args:
         spec: a registered task ("stsb", "stsb.dev"), a file, or NAME=FILE.
         data_dir: folder with the registered tasks as NAME.jsonl(.gz) or NAME.SPLIT.jsonl(.gz).
-        columns: renaming for files.
+        reading: of files.
     Raises:
-        InputError: unknown task or split, missing file, gold values that are all the same, or anything `read_pairs`
-            refuses.
+        InputError: unknown task or split, missing file, gold values of both kinds or all the same, or anything
+            `read_pairs` refuses.
     """
     name, split, path = parse_spec(spec)
     if path is None:
@@ -177,8 +178,8 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
     else:
         if not Path(path).exists() and not is_hub_id(path):
             raise InputError(f"{spec}: neither a file nor a task; {KNOWN}")
-        gold = "label" if "label" in _names(path, columns) else "score"
-        task = Task(name, split, read_pairs([path], gold, columns), gold)
+        gold = _gold_of(path, reading.columns)
+        task = Task(name, split, read_pairs([path], gold, reading), gold)
     values = np.asarray(task.pairs[gold])
     if np.ptp(values) == 0:
         what = "AUC needs both labels" if gold == "label" else "a correlation needs two values"
@@ -186,9 +187,23 @@ def load_task(spec: str, data_dir: str | None = None, columns: list[str] | None 
     return task
 
 
-def load_tasks(specs: list[str], data_dir: str | None, columns: list[str] | None) -> list[Task]:
+def load_tasks(specs: list[str], data_dir: str | None, reading: Reading) -> list[Task]:
     """Load tasks and groups of them, each once; as `load_task`."""
-    return [load_task(spec, data_dir, columns) for spec in expand_groups(specs)]
+    check_titles(specs, "--tasks")
+    return [load_task(spec, data_dir, reading) for spec in expand_groups(specs)]
+
+
+def check_titles(specs: list[str], where: str) -> None:
+    """Refuse two tasks of one name: a table would have one column for both. `where`: how the error begins."""
+    titles = [title(*parse_spec(spec)[:2]) for spec in expand_groups(specs)]
+    if len(set(titles)) < len(titles):
+        raise InputError(f"{where}: the tasks' names must differ (NAME=FILE gives a name): {', '.join(titles)}")
+
+
+def split_name(spec: str) -> tuple[str, str]:
+    """Return the name and the path of NAME=PATH, or no name where `spec` is a path itself, of whatever characters."""
+    name, equals, path = spec.partition("=")
+    return (name, path) if equals and not Path(spec).exists() else ("", spec)
 
 
 def parse_spec(spec: str) -> tuple[str, str, str | None]:
@@ -199,8 +214,8 @@ def parse_spec(spec: str) -> tuple[str, str, str | None]:
     Raises:
         InputError: a split that the task does not have, or a name that is no plain word.
     """
-    name, _, path = ("", "", spec) if Path(spec).is_file() else spec.rpartition("=")
-    if "=" in spec and path != spec and not PLAIN_NAME.fullmatch(name):
+    name, path = split_name(spec)
+    if path != spec and not PLAIN_NAME.fullmatch(name):
         raise InputError(f"{spec}: {name!r} cannot be a task's name: letters, digits, '_', '.' and '-' only")
     base, _, split = (name or spec).partition(".")
     if name:
@@ -274,14 +289,20 @@ def _log_size(name: str, source: Source, split: str, table: datasets.Dataset, go
     log(found)
 
 
-def _names(path: str, columns: list[str] | None) -> list[str]:
-    """Return the columns of a file under our names."""
+def _gold_of(path: str, columns: list[str] | None) -> str:
+    """Return "label" or "score", whichever a file has; where it has both, a renaming decides."""
     if is_hub_id(path):
-        return []
-    found = column_names(path)
-    return found + [ours for ours, theirs in parse_renaming(columns).items() if theirs in found]
+        return "score"
+    found, renaming = column_names(path), parse_renaming(columns)
+    named = [gold for gold in ("score", "label") if renaming.get(gold) in found]
+    there = named or [gold for gold in ("score", "label") if gold in found]
+    if len(there) > 1:
+        raise InputError(
+            f"{path}: has a score and a label; choose with --columns score=score or --columns label=label"
+        )
+    return there[0] if there else "score"
 
 
 def load_dev(arguments: TrainingArguments) -> Task | None:
     """Load the task of --dev, for choosing a checkpoint; None without --dev."""
-    return load_task(arguments.dev, arguments.data_dir, arguments.columns) if arguments.dev else None
+    return load_task(arguments.dev, arguments.data_dir, arguments) if arguments.dev else None

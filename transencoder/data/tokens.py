@@ -18,18 +18,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from transencoder.data.tables import (
-    PAIRS,
-    RANDOM_ROWS,
-    blocks,
-    cache_folder,
-    cache_key,
-    release_pages,
-    row_hashes,
-)
+from transencoder.data.cache import cache_key, cached
+from transencoder.data.tables import PAIRS, RANDOM_ROWS, blocks, release_pages, row_hashes
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.files import replacing
-from transencoder.runtime.waiting import local_main_process_first
 
 # Training inputs that are tokenized before the first step, which takes about a minute; more are tokenized batch by
 # batch. What decides is the number alone, so that a run and its repetition take the same way.
@@ -213,14 +204,14 @@ def tokenize(table: datasets.Dataset, columns: tuple[str, ...], preprocessor: Pr
     """Tokenize `columns` (one: a sentence; two: a pair) of every row, once: the result stays in the cache."""
     schema = pa.schema([(name, pa.list_(TOKEN_TYPES[name])) for name in preprocessor.names] + [(CUT, pa.bool_())])
     key = cache_key(table._fingerprint, columns, preprocessor.identity(), schema.names)
-    target = cache_folder() / f"tokens-{key}.arrow"
 
-    with local_main_process_first():
-        if not target.exists():
-            with replacing(target) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
-                for batch in _token_batches(table, columns, preprocessor):
-                    writer.write_batch(batch.cast(schema))
-    tokens = TokenRows(datasets.Dataset.from_file(str(target)).data.table, preprocessor)
+    def make(target: Path) -> None:
+        with pa.ipc.new_stream(str(target), schema) as writer:
+            for batch in _token_batches(table, columns, preprocessor):
+                writer.write_batch(batch.cast(schema))
+
+    made = cached([f"tokens-{key}.arrow"], make, lambda path: datasets.Dataset.from_file(str(path)))
+    tokens = TokenRows(made.data.table, preprocessor)
     log_cut(tokens.cut, f"{len(tokens)} {_inputs(columns)}", preprocessor.max_length)
     return tokens
 
@@ -263,11 +254,11 @@ def unique_sentences(
     Both are kept in the `datasets` cache, memory-mapped. Sentences are told apart by 64-bit hashes, see `row_hashes`.
     """
     key = cache_key(table._fingerprint, columns)
-    text, places = (cache_folder() / f"unique-{key}.{suffix}" for suffix in ("arrow", "npy"))
-    with local_main_process_first():
-        if not (text.exists() and places.exists()):
-            _write_unique(table.select_columns(list(columns)), text, places)
-    return datasets.Dataset.from_file(str(text)), list(np.load(places, mmap_mode="r"))
+    return cached(
+        [f"unique-{key}.arrow", f"unique-{key}.npy"],
+        lambda text, places: _write_unique(table.select_columns(list(columns)), text, places),
+        lambda text, places: (datasets.Dataset.from_file(str(text)), list(np.load(places, mmap_mode="r"))),
+    )
 
 
 def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
@@ -286,11 +277,7 @@ def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
     indices = np.empty((width, len(table)), dtype=np.int32)
 
     schema, count = pa.schema([("sentence", pa.large_string())]), 0
-    with (
-        replacing(text) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as writer,
-    ):
+    with pa.OSFile(str(text), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start, block in blocks(table):
             rows = slice(start, start + len(block))
             some, first, inverse = np.unique(hashes[rows], return_index=True, return_inverse=True)
@@ -305,8 +292,7 @@ def _write_unique(table: datasets.Dataset, text: Path, places: Path) -> None:
             writer.write_batch(
                 pa.record_batch([column_by_column.take(pa.array(column * len(block) + row))], names=["sentence"])
             )
-    with replacing(places) as temporary:
-        np.save(temporary, indices)
+    np.save(places, indices)
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:

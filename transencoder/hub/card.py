@@ -207,7 +207,8 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
     sums = (labels or arguments).get("inputs", {})
     sources = ", ".join(
-        f"`{_shown(name)}`" + (f" (SHA-256 `{sum_}`)" if (sum_ := sums.get(name.rpartition("=")[2])) else "")
+        f"`{_shown(name)}`"
+        + (f" (SHA-256 `{sum_}`)" if (sum_ := sums.get(name) or sums.get(name.partition("=")[2])) else "")
         for name in sources_of(arguments, labels)
     )
     seen = f"{run['examples']:,} {'examples' if labels else 'distinct sentences'}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from transencoder.config.options import HubTarget
+from transencoder.config.options import HubTarget, Reading
 from transencoder.config.recipes import read_recipe
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.data.tasks import expand_groups, load_task
@@ -136,11 +136,12 @@ def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
     """Say how many test pairs were, without their scores, among the training pairs."""
     if not plan.tasks:
         return ""
-    columns = {**recipe.get("common", {}), **recipe.get("evaluate_encoders", {})}.get("columns")
+    options = {**recipe.get("common", {}), **recipe.get("evaluate_encoders", {})}
+    reading = Reading(columns=options.get("columns"), skip_bad_rows=options.get("skip_bad_rows", False))
     scores = Layout(run).scores(1, "bi")
     try:
         pool = set(_pairs(read_pairs([str(scores)])))
-        tests = [load_task(spec, plan.data_dir, columns) for spec in expand_groups(plan.tasks)]
+        tests = [load_task(spec, plan.data_dir, reading) for spec in expand_groups(plan.tasks)]
     except InputError:  # the data may be elsewhere by now
         return (
             "Where test pairs were, without scores, among the training pairs, as in the paper, this is *transductive*."

@@ -18,7 +18,7 @@ from transencoder.selection import select_by, training_rows
 def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
     labelling = _labelling(plan, recipe_path)
-    columns, options = labelling.columns, model_options(labelling)
+    options = model_options(labelling)
     for student in plan.students:
         check_language_model(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
@@ -28,9 +28,9 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
     pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
-        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, columns))
-    tasks = [load_task(spec, plan.data_dir, columns) for spec in plan.tasks]
-    _check_apart(load_task(plan.dev, plan.data_dir, columns) if plan.dev else None, tasks, recipe_path)
+        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, labelling))
+    tasks = [load_task(spec, plan.data_dir, labelling) for spec in plan.tasks]
+    _check_apart(load_task(plan.dev, plan.data_dir, labelling) if plan.dev else None, tasks, recipe_path)
     for student in plan.students:
         _check_options(student, plan, recipe_path, sentences, pairs)
 
@@ -69,7 +69,7 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
 def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
     """Return how many pairs are to be mined, and check the options and the sentences."""
     mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
-    sides = read_sides(plan.sentences, plan.sentences_b, plan.data_dir, mining.columns)
+    sides = read_sides(plan.sentences, plan.sentences_b, plan.data_dir, mining)
     return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, sides))
 
 

@@ -11,7 +11,7 @@ from transencoder.config.options import StageArguments
 from transencoder.config.parsing import check_numbers
 from transencoder.config.recipes import DRIVER, as_options, check_options, read_recipe
 from transencoder.data.paper import check_setting
-from transencoder.data.tasks import PLAIN_NAME, expand_groups, parse_spec, title
+from transencoder.data.tasks import PLAIN_NAME, check_titles, expand_groups, parse_spec, split_name
 from transencoder.errors import InputError, storage_error
 from transencoder.run.layout import Layout
 from transencoder.runtime.files import write_text
@@ -123,9 +123,7 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
     plan.tasks = expand_groups(plan.tasks or [])
     if plan.dev:
         plan.dev = _named_as_dev(plan.dev)
-    titles = [title(*parse_spec(spec)[:2]) for spec in [*plan.tasks, *([plan.dev] if plan.dev else [])]]
-    if len(set(titles)) < len(titles):
-        raise InputError(f"{where}: the tasks' names must differ (NAME=FILE gives a name): {', '.join(titles)}")
+    check_titles([*plan.tasks, *([plan.dev] if plan.dev else [])], where)
     _check_students(plan, where)
     return plan
 
@@ -235,7 +233,7 @@ def _set_model(recipe: dict[str, Any], path: str, key: str, value: str) -> None:
     """Work `--plm [NAME=]MODEL` or `--bi_encoder [NAME=]MODEL` in."""
     students = recipe.get(DRIVER, {}).get("students")
     students = [item for item in students if isinstance(item, dict)] if isinstance(students, list) else []
-    name, _, model = value.rpartition("=")
+    name, model = split_name(value)
     chosen = [student for student in students if student.get("name") == name] if name else students
     if len(chosen) != 1:
         names = ", ".join(str(student.get("name")) for student in students)

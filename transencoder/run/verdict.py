@@ -302,7 +302,7 @@ def scoring_options(run: Path) -> Any:
 def judge_on(run: Path, rounds: list[Round], specs: list[str]) -> Verdict:
     """Return the verdict by labelled sets that the recipe does not name, as evaluate_encoders.py takes them."""
     scoring = scoring_options(run)
-    tasks = load_tasks(specs, scoring.data_dir, scoring.columns)
+    tasks = load_tasks(specs, scoring.data_dir, scoring)
     scores = score_both(run, rounds, [task.pairs for task in tasks], scoring)
     sets = [
         Scored(task.title, task.gold, np.asarray(task.pairs[task.gold], np.float64), own)

@@ -1,5 +1,6 @@
 """run.json: what made an output folder, and whether it holds this very run."""
 
+import dataclasses
 import functools
 import subprocess
 from collections.abc import Iterable
@@ -98,7 +99,7 @@ def claim(arguments: Any, stage: str, inputs: Iterable[Path], result: str | None
     advice = "choose another --output_dir or add --overwrite"
     try:
         run = read_json(folder / RUN_FILE)
-        found_stage, found, status = run["stage"], dict(run["arguments"]), run["status"]
+        found_stage, found, status = run["stage"], {**_defaults(arguments), **run["arguments"]}, run["status"]
     except FileNotFoundError:
         raise InputError(f"{where}: holds files that are not this tool's; {advice}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -110,6 +111,12 @@ def claim(arguments: Any, stage: str, inputs: Iterable[Path], result: str | None
         raise InputError(f"{where}: holds another run's results ({changed}); {advice}")
     # Somebody may have deleted what was damaged.
     return status == "complete" and any(folder.glob(result or "model*.safetensors"))
+
+
+def _defaults(arguments: Any) -> dict[str, Any]:
+    """Return what an option stood at in a record that is older than it is."""
+    fields = dataclasses.fields(arguments)
+    return {f.name: f.default for f in fields if f.metadata["identity"] and f.default is not dataclasses.MISSING}
 
 
 def write_run(arguments: Any, stage: str, status: str, inputs: Iterable[Path], **metadata: Any) -> None:

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 
 from transencoder.config.arguments import DEFAULT_MIX
+from transencoder.config.options import Reading
 from transencoder.data.pools import read_sentence_pool
 from transencoder.errors import InputError
 
@@ -62,12 +63,10 @@ class Sides:
         return rows * len(self.second) + neighbours
 
 
-def read_sides(
-    sentences: list[str], sentences_b: list[str] | None, data_dir: str | None, columns: list[str] | None
-) -> Sides:
+def read_sides(sentences: list[str], sentences_b: list[str] | None, data_dir: str | None, reading: Reading) -> Sides:
     """Read the sentences of one side, or of two; sources as `read_sentence_pool` takes them."""
-    first = read_sentence_pool(sentences, data_dir, columns)
-    return Sides(first, read_sentence_pool(sentences_b, data_dir, columns) if sentences_b else first)
+    first = read_sentence_pool(sentences, data_dir, reading)
+    return Sides(first, read_sentence_pool(sentences_b, data_dir, reading) if sentences_b else first)
 
 
 def parse_mix(words: list[str] | None) -> list[Source]:
