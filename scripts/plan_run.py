@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from transencoder.config.options import HubTarget
+from transencoder.config.options import RunTarget
 from transencoder.config.parsing import StageParser
 from transencoder.config.recipes import read_recipe
 from transencoder.errors import InputError, one_line_errors
 
 
-def parse() -> tuple[HubTarget, argparse.Namespace]:
-    parser = StageParser(HubTarget, __doc__)
+def parse() -> tuple[RunTarget, argparse.Namespace]:
+    parser = StageParser(RunTarget, __doc__)
     parser.add_argument("--recipe", help="YAML file")
     parser.add_argument("--output_dir", type=Path, help="folder of the run")
     for key, what in (("plm", "language model"), ("bi_encoder", "ready bi-encoder")):
@@ -90,7 +90,7 @@ def main() -> None:
             run = words.output_dir / f"seed-{seed}"
             name = target.hub_model_id and f"{target.hub_model_id}-seed-{seed}"
             where = dataclasses.replace(target, hub_model_id=name)
-        if where != HubTarget():
+        if where != RunTarget():
             from transencoder.hub.releases import check_run_target
 
             check_run_target(where, plan)

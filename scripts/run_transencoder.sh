@@ -13,7 +13,8 @@
 #   --seeds N N ...     a run for each seed, in DIR/seed-N; their mean and standard deviation in DIR/results.md
 #   --push_to_hub NAME  ORG/NAME: push each cycle's models to ORG/NAME-bi and ORG/NAME-cross, beside the work (--seeds: to
 #                       ORG/NAME-seed-N-bi, ...); with --hub_public for everybody to see; --hub_license ID and
-#                       --hub_language CODE say in the cards what the base model's card does not
+#                       --hub_language CODE say in the cards what the base model's card does not; --push_worse publishes
+#                       a bi-encoder that was measured to be worse than its start, too
 #   --student NAME      of several students train only this one (name, or number from 0); the same command with each of the
 #                       others, on other machines, does the rest; they meet at the scores, which the first one makes
 #   --patience SECONDS  how long to wait for the others (default: 86400, a day)

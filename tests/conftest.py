@@ -224,6 +224,24 @@ def save_telling_encoders(folder: Path, tiny_bert: Path, max_lengths: tuple = (N
         encoder.save_pretrained(folder / kind)
 
 
+def write_measured(folder: Path, encoders: list[str], tasks: list, scores: list) -> None:
+    """What evaluate_encoders.py leaves in a folder. `scores`: of each encoder for each task."""
+    import numpy as np
+
+    from transencoder import evaluation
+    from transencoder.runtime.files import write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation.write_pair_scores(folder / "pair-scores.parquet", encoders, tasks, scores)
+    entries = []
+    for encoder, own in zip(encoders, scores, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "inspect_encoder", lambda name: "cross" if "cross" in name else "bi")
+            for task, values in zip(tasks, own, strict=True):
+                entries += evaluation.result_entries([encoder], task, np.asarray(values))
+    write_json(folder / "results.json", entries)
+
+
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         os.environ[SHARED] = f"{tempfile.mkdtemp()}:{os.getpid()}"

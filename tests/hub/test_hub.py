@@ -19,15 +19,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, launch, random_pairs, warm_python, write_jsonl
+from conftest import ROOT, launch, random_pairs, warm_python, write_jsonl, write_measured
 from huggingface_hub import HfApi, ModelCard, constants
 from support.loopback_hub import TOKEN, LoopbackHub
 
-from transencoder.config.options import HubTarget
+from transencoder.config.options import RunTarget
 from transencoder.config.parsing import parse_stage
 from transencoder.data.pools import input_files
 from transencoder.data.scores import write_scores
 from transencoder.data.tables import read_pairs
+from transencoder.data.tasks import load_task
 from transencoder.encoders import load_bi_encoder, load_cross_encoder
 from transencoder.errors import InputError
 from transencoder.hub import card, releases
@@ -39,7 +40,7 @@ from transencoder.runtime.files import write_json
 from transencoder.runtime.records import write_run
 from transencoder.scoring import Teachers
 
-TARGET = HubTarget(hub_model_id="acme/tiny")
+TARGET = RunTarget(hub_model_id="acme/tiny")
 HISTORY = dict(examples=96, steps=6, kept_step=6, world_size=1, mixed_precision="no", dev=50.0, dev_metric="spearman")
 
 
@@ -237,6 +238,88 @@ def test_a_start_that_the_recipe_names_is_not_published(server, run):
     assert push(run)
     assert list(server.repos["acme/tiny-bi"].tags) == ["cycle-1", "cycle-2"]
     assert server.repos["acme/tiny-bi"].commits[-1].message == "cycle 1, bi-encoder"
+
+
+# --- what is worse than its start ------------------------------------------------------------------------------------
+
+
+def fall(run, cycle_2_noise=2.0, start="contrastive/one"):
+    """Measure again, on a test set only, so that the last bi-encoder is that much worse than the start."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["run_transencoder"].pop("dev", None)
+    rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(200, seed=3)]
+    path = write_jsonl(run.parent / "labelled.jsonl", rows)
+    recipe["run_transencoder"]["tasks"] = [f"mine={path}"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    task, draws = load_task(f"mine={path}"), np.random.default_rng(0)
+
+    def scores(noise):
+        return [np.asarray(task.pairs["label"]) + noise * draws.normal(size=200)]
+
+    write_measured(run / "start", [str(run / start)], [task], [scores(0.5)])
+    for cycle, noise in ((1, 0.1), (2, cycle_2_noise)):
+        names = [str(run / f"cycle-{cycle}/{kind}-encoder/one") for kind in ("cross", "bi")]
+        write_measured(run / f"cycle-{cycle}", names, [task], [scores(0.1), scores(noise)])
+
+
+def first_line(files):
+    """Of a card, behind its title."""
+    return files["README.md"].decode().partition("\n# ")[2].split("\n\n")[1]
+
+
+def test_main_stays_at_a_start_that_is_better_unless_the_worse_one_is_asked_for(server, run):
+    fall(run)
+    assert push(run)
+    bi, cross = server.repos["acme/tiny-bi"], server.repos["acme/tiny-cross"]
+    assert list(bi.tags) == ["cycle-0", "cycle-1", "cycle-2"] and bi.at("main").files == bi.at("cycle-0").files
+    assert "`main` is at start, bi-encoder, which the others are below." in bi.at("main").files["README.md"].decode()
+    assert first_line(bi.at("cycle-1").files).startswith("**VERDICT better:** this bi-encoder gains +")
+    worse = first_line(bi.at("cycle-2").files)
+    assert worse.startswith("**VERDICT worse:** this bi-encoder gains -")
+    assert worse.endswith(" over its start. **The start, at tag `cycle-0` of the bi-encoder, is better: use that.**")
+    assert "VERDICT" not in first_line(bi.at("cycle-0").files)
+    assert first_line(cross.at("main").files).startswith("**VERDICT better:** this cross-encoder gains +")
+    assert push(run, dataclasses.replace(TARGET, push_worse=True))
+    assert bi.at("main").files["model.safetensors"] == bi.at("cycle-2").files["model.safetensors"]
+
+
+def test_nothing_is_pushed_that_is_worse_than_somebodys_own_model(server, run, capsys):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    ready = shutil.move(run / "contrastive" / "one", run.parent / "ready")
+    (ready / "run.json").unlink()
+    (ready / "README.md").write_text("---\nlicense: mit\n---\n\n# all-Good-v2\nA model.\n")
+    recipe["run_transencoder"]["students"][0]["bi_encoder"] = str(ready)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    fall(run, start=ready)
+    assert push(run)
+    assert list(server.repos) == ["acme/tiny-cross"]
+    assert "Not pushed to acme/tiny-bi: VERDICT worse: bi-encoder -" in capsys.readouterr().err
+    fall(run, 0.1, start=ready)
+    assert push(run)
+    text = server.repos["acme/tiny-bi"].at("main").files["README.md"].decode()
+    assert "Adapted from\n`all-Good-v2` without further labels by" in text and "single label" not in text
+    assert "No labels were used in training beyond those in `all-Good-v2`." in text and "- unsupervised" not in text
+    text = server.repos["acme/tiny-cross"].at("main").files["README.md"].decode()
+    assert "Made from `tiny-bert`, taught by `all-Good-v2`, without further labels by" in text
+
+
+def test_where_a_start_was_made_here_no_label_went_into_it(server, run):
+    """The driver's flag is remembered, and a start that another run made from a language model holds no labels."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    ready = shutil.move(run / "contrastive" / "one", run.parent / "ready")
+    recipe["run_transencoder"]["students"][0]["bi_encoder"] = str(ready)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    fall(run, start=ready)
+    record = run / "cycle-2/bi-encoder/one/run.json"
+    write_json(record, json.loads(record.read_text()) | {"merged_with_start": {"share": 0.25, "by": "dev"}})
+    target = dataclasses.replace(TARGET, push_worse=True)
+    hub.remember(run, target)
+    assert hub.recall(run) == target and push(run, hub.recall(run))
+    text = server.repos["acme/tiny-bi"].at("main").files["README.md"].decode()
+    assert "Made from `tiny-bert` without a single label" in text and "- unsupervised" in text
+    assert "\nA bi-encoder learned the scores that its teachers give to pairs of sentences, as the cosine of" in text
+    assert "**The start, `ready`, is better: use that.**" in text
+    assert "Merged with its start: weights 0.75 x start + 0.25 x student, which was the best on the dev set" in text
 
 
 # --- what goes wrong costs nothing -----------------------------------------------------------------------------------
@@ -536,6 +619,8 @@ def test_flags_that_do_not_go_together_are_refused(run, step1, tmp_path, run_scr
     assert result.returncode == 2 and "--hub_model_id" in result.stderr
     recipe = run / "recipe.yaml"
     result = run_script("plan_run.py", "--recipe", recipe, "--output_dir", tmp_path / "o", "--hub_public")
+    assert result.returncode == 2 and "--push_to_hub ORG/NAME" in result.stderr
+    result = run_script("plan_run.py", "--recipe", recipe, "--output_dir", tmp_path / "o", "--push_worse")
     assert result.returncode == 2 and "--push_to_hub ORG/NAME" in result.stderr
     content = yaml.safe_load(recipe.read_text()) | {"common": {"push_to_hub": True, "hub_model_id": "acme/x"}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))

@@ -6,20 +6,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import random_pairs, save_telling_encoders, write_jsonl
+from conftest import random_pairs, save_telling_encoders, write_jsonl, write_measured
 from scipy import stats
 
 from transencoder.data.tables import read_pairs
-from transencoder.data.tasks import Task, load_task
+from transencoder.data.tasks import load_task
 from transencoder.errors import InputError
-from transencoder.evaluation import result_entries, write_pair_scores
 from transencoder.run import verdict
 from transencoder.run.layout import Layout
 from transencoder.run.plan import load_plan
 from transencoder.run.stages import make_stages, write_stages
 from transencoder.run.summary import collect_rounds
 from transencoder.run.verdict import Gain, Scored, draw_to_label, gains_over_first, how_to_search, judge, resampled
-from transencoder.runtime.files import write_json
 
 # --- the bootstrap ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +107,7 @@ def measured(tmp_path):
     noises = {0: [0.8], 1: [1.6, 0.2]}
     for cycle, names in encoders.items():
         scores = [[task.pairs["label"] + noise * draws.normal(size=150) for task in tasks] for noise in noises[cycle]]
-        keep(Layout(run), cycle, [str(run / name) for name in names], tasks, scores)
+        write_measured(Layout(run).cycle(cycle), [str(run / name) for name in names], tasks, scores)
         for name in names:
             (run / name).mkdir(parents=True)
     section = {"students": [{"name": "one", "plm": "p"}], "sentences": "s", "pairs": "p", "cycles": 1}
@@ -119,20 +117,6 @@ def measured(tmp_path):
 
 
 SPLIT = (("", slice(150)), (".dev", slice(150, None)))
-
-
-def keep(layout: Layout, cycle: int, encoders: list[str], tasks: list[Task], scores: list) -> None:
-    """What evaluate_encoders.py leaves."""
-    layout.cycle(cycle).mkdir(parents=True, exist_ok=True)
-    write_pair_scores(layout.pair_scores(cycle), encoders, tasks, scores)
-    entries = []
-    for encoder, own in zip(encoders, scores, strict=True):
-        for task, values in zip(tasks, own, strict=True):
-            kind = "cross" if "cross" in encoder else "bi"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("transencoder.evaluation.inspect_encoder", lambda name, kind=kind: kind)
-                entries += result_entries([encoder], task, np.asarray(values))
-    write_json(layout.results(cycle), entries)
 
 
 def test_a_run_ends_with_its_verdict_and_search_is_told(measured, run_script):
@@ -172,7 +156,7 @@ def test_a_set_that_is_another_one_in_a_later_cycle_is_refused(measured, tmp_pat
     rows = [{"label": int(row.pop("score") > 2.5), **row} for row in random_pairs(150, seed=9)]
     tasks = [load_task(f"mine{split}={write_jsonl(tmp_path / f'o{split}.jsonl', rows)}") for split, _ in SPLIT]
     names = [str(measured / f"cycle-1/{kind}-encoder/one") for kind in ("cross", "bi")]
-    keep(Layout(measured), 1, names, tasks, [[np.arange(150.0)] * 2] * 2)
+    write_measured(Layout(measured).cycle(1), names, tasks, [[np.arange(150.0)] * 2] * 2)
     with pytest.raises(InputError, match="mine was another set in one of the cycles"):
         judge(measured, collect_rounds(measured))
 
@@ -185,7 +169,7 @@ def test_the_start_that_stays_the_best_is_the_same(measured):
         draws = np.random.default_rng(cycle)
         names = ["contrastive/one"] if not cycle else [f"cycle-{cycle}/{kind}-encoder/one" for kind in ("cross", "bi")]
         scores = [[task.pairs["label"] + noise * draws.normal(size=150) for task in tasks] for _ in names]
-        keep(layout, cycle, [str(measured / name) for name in names], tasks, scores)
+        write_measured(layout.cycle(cycle), [str(measured / name) for name in names], tasks, scores)
     line = judge(measured, collect_rounds(measured)).line
     assert line == "VERDICT same: bi-encoder +0.00 (95 % +0.00 ... +0.00) on mine; the start stays the best"
 

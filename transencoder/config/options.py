@@ -178,6 +178,17 @@ class HubTarget:
 
 
 @dataclass
+class RunTarget(HubTarget):
+    """Options of publishing a run."""
+
+    GROUP = HubTarget.GROUP
+
+    push_worse: bool = option(
+        "Publish as `main` a bi-encoder that was measured to be worse than its start, too.", False, identity=False
+    )
+
+
+@dataclass
 class HubArguments(HubTarget):
     """Options of publishing the model of a training stage."""
 

@@ -31,7 +31,7 @@ STAGES = {
     "train_contrastive": Stage(
         ContrastiveArguments,
         "score_pairs.py --encoders {} --pairs FILE --output bi-scores.parquet",
-        "a language model was tuned so that two views of a sentence are close, and other sentences far (contrastive "
+        "A language model was tuned so that two views of a sentence are close, and other sentences far (contrastive "
         "learning with InfoNCE).",
     ),
     "mine_pairs": Stage(MiningArguments, "score_pairs.py --encoders DIR --pairs {} --output FILE.parquet"),
@@ -39,13 +39,13 @@ STAGES = {
     "distill_bi2cross": Stage(
         Bi2CrossArguments,
         "score_pairs.py --encoders {} --pairs FILE --output cross-scores.parquet",
-        "the scores that bi-encoders gave pairs of sentences were learned by a language model that reads both "
-        "sentences together ({loss}).",
+        "A cross-encoder, which reads both sentences together, learned the scores that its teachers give to pairs of "
+        "sentences ({loss}).",
     ),
     "distill_cross2bi": Stage(
         Cross2BiArguments,
         "evaluate_encoders.py --encoders {} --tasks NAME=FILE --output_dir DIR, or search.py",
-        "the scores that its teachers gave pairs of sentences were learned by a bi-encoder with the cosine of its two "
+        "A bi-encoder learned the scores that its teachers give to pairs of sentences, as the cosine of its two "
         "vectors ({loss}).",
     ),
     "evaluate_encoders": Stage(EvaluationArguments),

@@ -20,8 +20,11 @@ from transencoder.data.paper import published
 from transencoder.data.scores import read_metadata
 from transencoder.data.tables import is_hub_id
 from transencoder.data.tasks import TASKS, title
+from transencoder.errors import InputError
 from transencoder.evaluation import METRICS, PRIMARY, markdown_table, origin, shown_value
+from transencoder.model_checks import inspect_encoder
 from transencoder.model_files import Kind, plain_pooling
+from transencoder.runtime.files import read_json
 from transencoder.runtime.records import RUN_FILE
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -43,11 +46,13 @@ class CardContent:
         repo: ORG/NAME.
         model: the folder, with run.json.
         kind: of encoder.
-        base: the language model at the beginning of it all: Hub id or folder.
+        base: the model at the beginning of it all: Hub id or folder.
+        labelled: a model at its beginning into which labels may have gone; None where there is none.
         command: makes the model again.
         results: this encoder's entries of results.json.
         start: those of the start, to compare with.
         paper: row of the paper's tables to compare with, if there is one.
+        verdict: what it is against its start, and what follows; Markdown, the first line.
         note: which of the results are not for comparing, and why.
         lineage: Markdown about the run's cycles, and which of them this is.
         plot: whether progress.png is beside the card.
@@ -62,6 +67,8 @@ class CardContent:
     results: list[dict[str, Any]] = field(default_factory=list)
     start: list[dict[str, Any]] = field(default_factory=list)
     paper: str | None = None
+    labelled: str | None = None
+    verdict: str = ""
     note: str = ""
     lineage: str = ""
     plot: bool = False
@@ -89,7 +96,9 @@ def render_card(content: CardContent, target: HubTarget) -> str:
         repo=content.repo,
         kind=content.kind,
         title=content.name,
-        base=data.base_model or Path(content.base).name,
+        base=model_name(content.base),
+        labelled=content.labelled and model_name(content.labelled),
+        verdict=content.verdict,
         pooling=plain_pooling(str(content.model)) if content.kind == "bi" else None,
         max_length=tokenizer["model_max_length"],
         results_table=results_table(content),
@@ -127,6 +136,7 @@ def card_data(
     """Return the metadata that the Hub understands."""
     mutual = len(labels.get("encoders", [])) > 1
     taught = [] if not labels else ["mutual-distillation" if mutual else "self-distillation"]
+    unlabelled = [] if content.labelled else ["unsupervised"]
     base, _ = hub_origin(content.base)
     measured = [entry for entry in content.results if entry["value"] is not None]
     used = [source for source in sources_of(arguments, labels) if is_hub_id(source)]
@@ -142,7 +152,7 @@ def card_data(
     return ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag=PIPELINES[content.kind],
-        tags=[TAG, "unsupervised", *taught, "sentence-transformers", *OWN_TAGS[content.kind]],
+        tags=[TAG, *unlabelled, *taught, "sentence-transformers", *OWN_TAGS[content.kind]],
         datasets=list(dict.fromkeys(used)) or None,
         metrics=list(dict.fromkeys(METRICS[entry["metric"]].hub_name for entry in measured)) or None,
         model_name=content.name,
@@ -221,6 +231,10 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
     elif "agreement" in run:
         kept += f", which agreed most with the teachers ({run['agreement_metric']} {run['agreement']:.2f})"
     lines.append(f"{kept}; {run['world_size']} process(es), mixed precision {run['mixed_precision']}")
+    if merged := run.get("merged_with_start"):
+        by = {"dev": ", which was the best on the dev set", "agreement": ", which agreed most with the teachers"}
+        share, how = merged["share"], by.get(merged.get("by"), "")
+        lines.append(f"Merged with its start: weights {1 - share:g} x start + {share:g} x student{how}")
     return lines
 
 
@@ -239,6 +253,34 @@ def _shown(name: str) -> str:
     """Return a Hub id or task as it is, and only the name of a file or folder."""
     path = name.rpartition("=")[2]
     return name if path == name and is_hub_id(name) else Path(path).name
+
+
+def first_model(name: str) -> str:
+    """Return the model that one of ours goes back to, start by start; a model that is not ours goes back to itself."""
+    try:
+        return first_model(read_json(Path(name) / RUN_FILE)["arguments"]["model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return name
+
+
+def labelled_start(names: list[str]) -> str | None:
+    """Return the first of these models that goes back to an encoder, not to a language model: labels may be in it."""
+    for name in names:
+        try:
+            if inspect_encoder(first_model(name)) != "plm":
+                return first_model(name)
+        except InputError:  # it is not here any more, and nothing is known of it
+            return first_model(name)
+    return None
+
+
+def model_name(name: str) -> str:
+    """Return what people call a model: its Hub id, the title of its own card, or the name of its folder."""
+    hub_id, _ = hub_origin(name)
+    if hub_id is None and (card := Path(name) / "README.md").is_file():
+        titles = re.findall(r"(?m)^# *(\S.*?)\s*$", card.read_text(encoding="utf-8", errors="replace"))
+        return titles[0] if titles else Path(name).name
+    return hub_id or Path(name).name
 
 
 def hub_origin(name: str) -> tuple[str | None, str | None]:

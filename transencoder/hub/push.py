@@ -1,25 +1,31 @@
 """Push models to the Hub, beside the work: what goes wrong there is one line, and the work goes on."""
 
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from transencoder.config.options import HubArguments, HubTarget
+from transencoder.config.options import HubArguments, HubTarget, RunTarget
 from transencoder.config.recipes import as_options
 from transencoder.config.stages import STAGES
 from transencoder.errors import InputError
-from transencoder.hub.card import PIPELINES, TAG, CardContent, render_card
+from transencoder.hub.card import (
+    PIPELINES,
+    TAG,
+    CardContent,
+    first_model,
+    label_metadata,
+    labelled_start,
+    render_card,
+)
 from transencoder.model_checks import inspect_encoder
 from transencoder.model_files import Kind
 from transencoder.runtime.accelerator import log
@@ -100,11 +106,11 @@ def check_hub(arguments: HubArguments) -> None:
 
 def remember(folder: Path, target: HubTarget) -> None:
     """Note in a folder where its models go, so that they can be pushed later."""
-    names = [f.name for f in dataclasses.fields(HubTarget)]
+    names = [f.name for f in dataclasses.fields(RunTarget) if hasattr(target, f.name)]
     write_json(folder / HUB_FILE, {name: getattr(target, name) for name in names})
 
 
-def recall(folder: Path) -> HubTarget | None:
+def recall(folder: Path) -> RunTarget | None:
     """Return what `remember` noted, if anything.
 
     Raises:
@@ -114,7 +120,7 @@ def recall(folder: Path) -> HubTarget | None:
     if not path.is_file():
         return None
     try:
-        return HubTarget(**read_json(path))
+        return RunTarget(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -237,13 +243,9 @@ def stage_repository(folder: Path, target: HubTarget) -> Repository:
     given.pop("inputs", None)
     command = f"accelerate launch scripts/{run['stage']}.py {shlex.join(as_options(given))} --output_dir {folder.name}"
     kind = inspect_encoder(str(folder))
-    content = CardContent(target.hub_model_id, folder, kind, first_model(run["arguments"]), command)
+    base = first_model(run["arguments"]["model_name_or_path"])
+    content = CardContent(target.hub_model_id, folder, kind, base, command)
+    teachers = label_metadata(folder, run["arguments"]).get("encoders", [])
+    content.labelled = labelled_start([run["arguments"]["model_name_or_path"], *teachers])
     version = Version(content, f"{run['stage']}, seed {run['arguments']['seed']}")
     return Repository(target.hub_model_id, kind, [], version)
-
-
-def first_model(arguments: dict[str, Any]) -> str:
-    """Return the language model that a stage's start goes back to."""
-    name = arguments["model_name_or_path"]
-    run = Path(name) / RUN_FILE
-    return first_model(json.loads(run.read_text(encoding="utf-8"))["arguments"]) if run.is_file() else name

@@ -9,17 +9,20 @@ from typing import Any
 
 import datasets
 
-from transencoder.config.options import HubTarget, Reading
+from transencoder.config.options import HubTarget, Reading, RunTarget
 from transencoder.config.recipes import read_recipe
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import InputError
-from transencoder.hub.card import CardContent
+from transencoder.hub.card import CardContent, first_model, labelled_start, model_name
 from transencoder.hub.push import Repository, Version, check_target
 from transencoder.model_files import Kind
 from transencoder.run.layout import Layout, encoder_place
 from transencoder.run.plan import Plan, Student, load_plan
 from transencoder.run.summary import Round, best_round, collect_rounds, dev_of, summary_table
+from transencoder.run.verdict import Gain, gain_over, in_words, verdict_line, word_of
+from transencoder.runtime.accelerator import log
+from transencoder.runtime.files import read_json
 
 KINDS: tuple[Kind, ...] = ("bi", "cross")
 
@@ -30,11 +33,12 @@ def repository_id(target: HubTarget, plan: Plan, student: str, kind: Kind) -> st
     return f"{target.hub_model_id}{middle}-{kind}"
 
 
-def check_run_target(target: HubTarget, plan: Plan) -> None:
+def check_run_target(target: RunTarget, plan: Plan) -> None:
     """Raise `InputError` if a run's models could not go where they shall, and for Hub flags without a name."""
     if target.hub_model_id is None:
-        if target != HubTarget():
-            raise InputError("--hub_public, --hub_license and --hub_language go with --push_to_hub ORG/NAME")
+        if target != RunTarget():
+            flags = "--hub_public, --hub_license, --hub_language and --push_worse"
+            raise InputError(f"{flags} go with --push_to_hub ORG/NAME")
         return
     check_target(target)
     for student in plan.students:
@@ -42,8 +46,8 @@ def check_run_target(target: HubTarget, plan: Plan) -> None:
             check_target(dataclasses.replace(target, hub_model_id=repository_id(target, plan, student.name, kind)))
 
 
-def run_repositories(run: Path, target: HubTarget) -> list[Repository]:
-    """Return what should be on the Hub of a run, as far as it has come.
+def run_repositories(run: Path, target: RunTarget) -> list[Repository]:
+    """Return what should be on the Hub of a run, as far as it has come; nothing that is worse than somebody's start.
 
     Raises:
         InputError: not a run of the driver.
@@ -59,7 +63,7 @@ def run_repositories(run: Path, target: HubTarget) -> list[Repository]:
             own = [r for r in rounds if r.student == student.name and r.kind == kind and _is_made_here(r, student)]
             if own:
                 repositories.append(_repository(run, plan, target, student, own, rounds, note))
-    return repositories
+    return [repository for repository in repositories if repository]
 
 
 def _is_made_here(round_: Round, student: Student) -> bool:
@@ -68,14 +72,25 @@ def _is_made_here(round_: Round, student: Student) -> bool:
 
 
 def _repository(
-    run: Path, plan: Plan, target: HubTarget, student: Student, own: list[Round], rounds: list[Round], note: str
-) -> Repository:
+    run: Path, plan: Plan, target: RunTarget, student: Student, own: list[Round], rounds: list[Round], note: str
+) -> Repository | None:
     kind = own[0].kind
     name = repository_id(target, plan, student.name, kind)
     base = student.cross_encoder_plm or student.plm if kind == "cross" else student.bi_encoder or student.plm
+    labelled = labelled_start([base, *([student.bi_encoder] if student.bi_encoder else [])])
     start = next(r for r in rounds if r.cycle == 0 and r.student == student.name)
-    best = best_round(own, kind)
+    best, dev = best_round(own, kind), dev_of(rounds)
+    why = f"the best on `{dev}` of these tags" if dev else "the latest of these tags"
     layout = Layout(run)
+    gains, told = gain_over(run, rounds, start, best), {}
+    if not plan.measures and layout.summary.is_file():
+        told = read_json(layout.summary)  # it may know of labels that came later
+    word, line = (word_of(gains), verdict_line(gains)) if gains else (told.get("word"), told.get("verdict", ""))
+    if kind == "bi" and word == "worse" and not target.push_worse:
+        if start not in own:
+            log(f"Not pushed to {name}: {line}; --push_worse pushes it all the same")
+            return None
+        best, why = start, "which the others are below"
     plot = layout.plot
     command = (
         f"hf download {name} {layout.recipe.name} --local-dir .\n"
@@ -87,13 +102,16 @@ def _repository(
             repo=name,
             model=Path(this.path),
             kind=kind,
-            base=base,
+            base=first_model(base),
+            labelled=labelled,
+            verdict=verdict_in_words(gain_over(run, rounds, start, this), kind, called_start(student))
+            or (line if told and this is best else ""),
             command=command,
             results=this.entries,
             start=start.entries if this is not start else [],
             paper=this.paper,
             note=note,
-            lineage=lineage(rounds, this, best),
+            lineage=lineage(rounds, this, best, why),
             plot=plot.is_file(),
             published=published_names(plan, target),
         )
@@ -101,6 +119,20 @@ def _repository(
         return Version(content, this.step, f"cycle-{this.cycle}", files)
 
     return Repository(name, kind, [version(r) for r in own], version(best))
+
+
+def called_start(student: Student) -> str:
+    """Return how a card calls what a student began with."""
+    return f"`{model_name(student.bi_encoder)}`" if student.bi_encoder else "at tag `cycle-0` of the bi-encoder"
+
+
+def verdict_in_words(gains: list[Gain] | None, kind: Kind, start: str) -> str:
+    """Return a card's first line: what the model is against its start, and what to use where that is better."""
+    if gains is None:
+        return ""
+    advice = {"worse": f" **The start, {start}, is better: use that.**", "same": f" The start is {start}."}
+    word = word_of(gains)
+    return f"**VERDICT {word}:** this {kind}-encoder gains {in_words(gains)} over its start.{advice.get(word, '')}"
 
 
 def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
@@ -115,14 +147,12 @@ def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
     return names
 
 
-def lineage(rounds: list[Round], this: Round, best: Round) -> str:
+def lineage(rounds: list[Round], this: Round, best: Round, why: str) -> str:
     """Return the run's table so far, and where in it a model stands."""
-    dev = dev_of(rounds)
-    why = f"the best on `{dev}`" if dev else "the latest"
     place = f"This is *{this.step}*" + (f" of {this.student}" if len({r.student for r in rounds}) > 1 else "")
     return (
         f'{summary_table([rounds])}\n{place}. Each cycle is a tag of the repository (`revision="cycle-1"`); `main` is '
-        f"at {best.step}, {why} of these tags.\n"
+        f"at {best.step}, {why}.\n"
     )
 
 

@@ -225,6 +225,15 @@ def judge(run: Path, rounds: list[Round]) -> Verdict:
     return verdict
 
 
+def gain_over(run: Path, rounds: list[Round], start: Round, end: Round) -> list[Gain] | None:
+    """Return the gains of any encoder of a run over a start; None where that is itself, or where nothing tells."""
+    titles = tests_of(rounds) or list(filter(None, [dev_of(rounds)]))
+    files = [Layout(run).pair_scores(round_.cycle) for round_ in (start, end)]
+    if start is end or not titles or not all(file.is_file() for file in files):
+        return None
+    return gains_over_first(read_scored(run, [start, end], titles))[0]
+
+
 def verdict_line(gains: list[Gain], kind: str = "bi") -> str:
     """Return the line that a run, its summary and its cards begin with."""
     return f"VERDICT {word_of(gains)}: {kind}-encoder {in_words(gains)}"
