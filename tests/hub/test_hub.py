@@ -247,7 +247,7 @@ def fall(run, cycle_2_noise=2.0, start="contrastive/one"):
     """Measure again, on a test set only, so that the last bi-encoder is that much worse than the start."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["run_transencoder"].pop("dev", None)
-    rows = [{**row, "label": int(row.pop("score") > 2.5)} for row in random_pairs(200, seed=3)]
+    rows = [{"label": int(row.pop("score") > 2.5), **row} for row in random_pairs(200, seed=3)]
     path = write_jsonl(run.parent / "labelled.jsonl", rows)
     recipe["run_transencoder"]["tasks"] = [f"mine={path}"]
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))

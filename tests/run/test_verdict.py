@@ -223,7 +223,7 @@ def test_without_labels_the_run_says_how_far_it_went_and_asks_for_the_labels_tha
     assert all(row.endswith("\t") for row in rows)
 
     # Somebody labels them as the end orders them; what is labelled is never overwritten.
-    filled = "\n".join([header, *(f"{row}{place % 2}" for place, row in enumerate(rows))]) + "\n"
+    filled = "\n".join([header, *(f"{row}{place % 2}" for place, row in enumerate(rows[:-1])), rows[-1]]) + "\n"
     path.write_text(filled)
     result = run_script("summarize_run.py", unlabelled, "--tasks", f"labelled={path}")
     assert result.returncode == 0, result.stderr

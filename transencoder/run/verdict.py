@@ -4,6 +4,7 @@ By the paired bootstrap: the pairs of a set are drawn again with replacement, an
 draw. Without labels it says how far they differ, and draws the pairs whose labels would decide it.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,7 +311,7 @@ def scoring_options(run: Path) -> Any:
 
 def judge_on(run: Path, rounds: list[Round], specs: list[str]) -> Verdict:
     """Return the verdict by labelled sets that the recipe does not name, as evaluate_encoders.py takes them."""
-    scoring = scoring_options(run)
+    scoring = dataclasses.replace(scoring_options(run), skip_bad_rows=True)  # whoever labels may leave out pairs
     tasks = load_tasks(specs, scoring.data_dir, scoring)
     scores = score_both(run, rounds, [task.pairs for task in tasks], scoring)
     sets = [
