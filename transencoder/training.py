@@ -278,16 +278,17 @@ class Trainer:
         state = self.accelerator.get_state_dict(self.model)  # on every process: sharded weights are gathered
         for name, value in state.items() if self.accelerator.is_main_process else ():
             if name not in self.best:
-                self.best[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                self.best[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self.best[name].copy_(value, non_blocking=True)
         self.best_is_written = False
 
     def write_best(self) -> None:
         """Write the best model so far, unless it is on disk already."""
+        encoder = self.accelerator.unwrap_model(self.model)
+        encoder.state_dict()  # makes FSDP put its shards in place: on every process, and before the model is written
         if self.accelerator.is_main_process and not self.best_is_written:
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
-            encoder = self.accelerator.unwrap_model(self.model)
             with replacing(self.checkpoints.best(self.progress.best_step)) as temporary:
                 encoder.save_pretrained(temporary, self.best)
         self.best_is_written = True
