@@ -29,7 +29,8 @@ def embed(sources: list[tuple[BiEncoder, list[TokenRows]]], path: Path, inferenc
     accelerator, target, column = inference.accelerator, None, 0
     if accelerator.is_main_process:
         shape = (sum(map(len, sources[0][1])), sum(encoder.width for encoder, _ in sources))
-        target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        with writing(path):
+            target = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         # A write to mapped memory that the disk has no room for would end the process without a word.
         with contextlib.suppress(OSError), writing(path), path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 FULL = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "delete something of yours there, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f unlimited)",
 }
 CLOSED = {
     errno.EACCES: "give this user the right to it",
@@ -72,6 +74,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(*words: Any) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
+            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows Latin-1 only
         try:
             main(*words)
         except InputError as error:
@@ -117,9 +121,11 @@ def storage_error(error: BaseException | None, path: str | Path | None = None) -
 
 
 def _number_in(text: str) -> int | None:
-    """Return the number in the text of an error from Rust (safetensors, tokenizers) or C++ (pyarrow)."""
+    """Return the number in the text of an error from Rust (safetensors, tokenizers) or C++ (pyarrow, FAISS)."""
     found = re.search(r"os error (\d+)|\[errno (\d+)\]", text, re.IGNORECASE)
-    return int(found.group(1) or found.group(2)) if found else None
+    if found:
+        return int(found.group(1) or found.group(2))
+    return next((number for number in FULL if os.strerror(number) in text), None)
 
 
 @contextmanager

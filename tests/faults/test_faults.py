@@ -154,6 +154,8 @@ def raised(cause):
     ("error", "kind", "words"),
     [
         (raised(OSError(errno.EDQUOT, "", "a")), FullDisk, "a: Disk quota exceeded; .* quota"),
+        (OSError(errno.EFBIG, "", "a"), FullDisk, "a: File too large; raise the limit .*ulimit -f"),
+        (RuntimeError("Error: 'ret == (size)' failed: 0 != 1 (File too large)"), FullDisk, "File too large; raise"),
         (OSError(errno.EACCES, "", "a"), InputError, "a: Permission denied; give this user"),
         (OSError(errno.EROFS, "", "a"), InputError, "a: Read-only file system; choose"),
     ],
@@ -174,6 +176,12 @@ def test_other_errors_keep_their_traceback():
         assert storage_error(error) is None
         with pytest.raises(type(error)), writing("a"):
             raise error
+
+
+def test_a_terminal_that_knows_latin_1_only_gets_escapes():
+    code = "from transencoder.errors import one_line_errors; one_line_errors(lambda: print('caf\\xe9 \\u4e2d'))()"
+    how = {"capture_output": True, "cwd": others.ROOT, "env": os.environ | {"PYTHONIOENCODING": "latin-1"}}
+    assert subprocess.run([sys.executable, "-c", code], **how).stdout == b"caf\xe9 \\u4e2d\n"
 
 
 def test_a_reader_that_is_gone_is_no_traceback():
