@@ -181,7 +181,8 @@ class Miner:
 
     def _random_keys(self, wanted: int) -> np.ndarray:
         """Return the distinct keys of random pairs, ascending; int64 [pairs]."""
-        rng, size = self._rng(0, "random"), int(OVERDRAW * wanted) + 16
+        most = len(self.sides.first) * len(self.sides.second)
+        rng, size = self._rng(0, "random"), int(min(OVERDRAW * wanted, 8 * most)) + 16
         rows, others = rng.integers(len(self.sides.first), size=size), rng.integers(len(self.sides.second), size=size)
         apart = rows != others if self.sides.single else np.full(size, True)
         return np.unique(self.sides.keys(rows[apart], others[apart]))
