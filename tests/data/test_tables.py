@@ -20,7 +20,7 @@ from transencoder.data import cache, tables
 from transencoder.data import formats as table_files
 from transencoder.data.bad_rows import SKIP
 from transencoder.data.formats import write_rows
-from transencoder.data.tables import PAIRS, blocks, is_hub_id, numbers, read_pairs, read_sentences, sample
+from transencoder.data.tables import PAIRS, blocks, is_hub_id, numbers, read_pairs, read_rows, read_sentences, sample
 from transencoder.errors import BrokenRun, InputError, printable, report_and_exit
 from transencoder.runtime.accelerator import log
 
@@ -136,6 +136,39 @@ def test_columns_renames_theirs_to_ours(tmp_path):
     # The cache knows the renaming: the same file, the columns the other way round.
     again = read_pairs([source], "label", Reading(columns=["sentence1=q1", "sentence2=q2", "label=gold"]))
     assert pairs_of(again) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_have_their_numbers_and_the_columns_that_are_kept(tmp_path, suffix):
+    rows = pd.DataFrame({"id": [7, 8, 9, 10], "sentence": ["a", "", "a", "b"], "label": ["urgent", None, "", "no"]})
+    path = tmp_path / f"t{suffix}"
+    writers = {".csv": pd.DataFrame.to_csv, ".jsonl": pd.DataFrame.to_json, ".parquet": pd.DataFrame.to_parquet}
+    how = {".csv": {"index": False}, ".jsonl": {"orient": "records", "lines": True}, ".parquet": {}}
+    writers[suffix](rows, path, **how[suffix])
+    found = read_rows([str(path)], Reading(skip_bad_rows=True), ["label", "id"]).to_dict()
+    assert found == {
+        "sentence": ["a", "a", "b"],
+        "label": ["urgent", "", "no"],
+        "id": ["7", "9", "10"],
+        "row": [1, 3, 4],
+    }
+
+
+def test_a_pair_gives_two_rows_and_several_sources_are_named(tmp_path):
+    pairs, text = write(tmp_path / "p.tsv", "sentence1\tsentence2\na\tb\n"), write(tmp_path / "t.txt", "c\n")
+    assert read_rows([pairs, text], Reading(), []).to_dict() == {
+        "sentence": ["a", "b", "c"], "row": [1, 1, 1], "file": [pairs, pairs, text],
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"--keep id: .*t.txt has no columns"):
+        read_rows([text], Reading(), ["id"])
+    with pytest.raises(InputError, match="no column 'id'"):
+        read_rows([pairs], Reading(), ["id"])
+
+
+def test_pairs_keep_columns_and_repeats_are_told_without_them(tmp_path):
+    path = write(tmp_path / "p.csv", "sentence1,sentence2,id\na,b,1\nc,d,2\na,b,3\n")
+    found = read_pairs([path], drop_duplicates=True, keep=["id"])
+    assert found.to_dict() == {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "id": ["1", "2"], "row": [1, 2]}
 
 
 def test_several_sources_are_put_together_in_order(tmp_path):

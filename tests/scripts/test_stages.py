@@ -192,6 +192,17 @@ def test_a_run_of_its_own_is_not_done_twice_and_another_one_is_refused(start, st
     assert (start / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_scores_have_the_rows_and_columns_of_their_pairs(bi_encoder, tmp_path, run_script):
+    (tmp_path / "pairs.csv").write_text("id,sentence1,sentence2\nx,a,b\ny,a,b\nz,c,d\n")
+    words = ["--encoders", bi_encoder, "--pairs", tmp_path / "pairs.csv", "--drop_duplicates"]
+    must(run_script("score_pairs.py", *words, "--output", tmp_path / "out.parquet", "--keep", "id"))
+    found = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert list(found) == ["sentence1", "sentence2", "score", "id", "row"]
+    assert found["id"] == ["x", "z"] and found["row"] == [1, 3]
+    wrong = run_script("score_pairs.py", *words, "--output", tmp_path / "other.parquet", "--keep", "score")
+    refused(wrong, "--keep score: the results have such a column anyway")
+
+
 @pytest.mark.slow
 def test_scores_of_a_file_that_has_changed_are_not_taken_for_the_old_ones(start, corpus, tmp_path, run_script):
     pairs = shutil.copy(corpus / "pairs.jsonl", tmp_path / "pairs.jsonl")

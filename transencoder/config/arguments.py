@@ -11,6 +11,7 @@ from transencoder.config.options import (
     ReportArguments,
     ShardArguments,
     StageArguments,
+    check_keep,
     option,
     with_default,
 )
@@ -291,10 +292,14 @@ class ScoringArguments(EncoderArguments, ShardArguments, PoolArguments, StageArg
         limits=(0, 1),
     )
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
+    keep: list[str] | None = option(
+        "Columns of the files to have in the output, too, such as id; with them come the rows' numbers.", None
+    )
     teacher_weights: list[float] | None = option("Weights of the encoders in the mean. Default: equal.", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_keep(self.keep, ("sentence1", "sentence2", "score", "row"))
         check_weights(self.teacher_weights, len(self.encoders))
 
 
@@ -311,7 +316,7 @@ class MiningArguments(ModelArguments, ShardArguments, StageArguments):
     encoders: list[str] = option("Bi-encoder(s), whose mean cosine says what is near: folders or Hub ids.")
     output: str = option("Parquet file to write: sentence1, sentence2, source, similarity.", identity=False)
     num_pairs: int | None = option(
-        "Pairs to find, all sources together. Default: four for each sentence.", None, limits=(1, None)
+        "Pairs to find, all sources together. Default: four for each sentence.", None, limits=(1, 10**9)
     )
     mix: list[str] | None = option(
         "Where they come from, SOURCE=SHARE ...; SOURCE is lexical (BM25), nearest (the encoders' cosine) or random. "
@@ -322,7 +327,7 @@ class MiningArguments(ModelArguments, ShardArguments, StageArguments):
         "Look for this many times as many pairs, and keep those whose cosines are spread evenly from 0 to 1. 1: keep "
         "what the mix gives.",
         1,
-        limits=(1, None),
+        limits=(1, 1000),
     )
     histogram: str | None = option(
         "PNG with the similarities of each source. Default: beside the output.", None, identity=False

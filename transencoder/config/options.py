@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transencoder.errors import InputError
+
 
 def option(
     help: str,
@@ -58,6 +60,12 @@ def result_options(arguments: Any) -> dict[str, Any]:
 def is_text(word: str) -> bool:
     """Return whether `word` can be written as UTF-8 and be a file's name."""
     return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)
+
+
+def check_keep(keep: list[str] | None, taken: tuple[str, ...]) -> None:
+    """Raise `InputError` if a column that is kept has the name of one that the results have anyway."""
+    if both := sorted({*(keep or [])} & {*taken}):
+        raise InputError(f"--keep {both[0]}: the results have such a column anyway; rename the file's")
 
 
 @dataclass

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from transencoder.data.formats import Block, format_of
+from transencoder.data.formats import KEPT, ROW, Block, format_of
 from transencoder.errors import InputError
 
 # As pandas writes text with quotes into a .tsv. Others write quotes there as they are, which is what is read.
@@ -26,7 +26,13 @@ def checked(block: Block, source: str, schema: pa.Schema) -> Block:
 
     arrays = []
     for name, type_ in zip(schema.names, schema.types, strict=True):
+        if name == ROW:
+            arrays.append(pa.array(block.numbers, type_))
+            continue
         column = block.batch.column(name)
+        if name.startswith(KEPT):
+            arrays.append(_as_text(column, name, source).fill_null(""))
+            continue
         note(pc.is_null(column), f"{name} is missing")
         if type_ == pa.float64():
             column = _as_numbers(column, name, source, problems)

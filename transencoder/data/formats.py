@@ -20,6 +20,8 @@ from transencoder.runtime.files import replacing
 PAIR_SEPARATOR = "||"
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
 NUMBERS = ("score", "label")  # our names of columns that hold numbers
+KEPT = "kept "  # begins our names of columns that are only carried along, as text
+ROW = "row"  # our name of the column with the rows' numbers, which no file has
 BLOCK_CHARACTERS = 4 << 20
 BLOCK_ROWS = 65_536
 LONGEST_CELL = 1 << 26  # characters; beyond it, a quote was not closed
@@ -85,6 +87,8 @@ def column_names(source: str) -> list[str]:
 
 def theirs_of(name: str, renaming: dict[str, str], found: list[str]) -> str:
     """Return what a file with the columns `found` calls our column. Files without a renamed column keep our name."""
+    if name.startswith(KEPT):
+        return name.removeprefix(KEPT)
     return renaming[name] if name in renaming and renaming[name] in found else name
 
 
@@ -213,7 +217,9 @@ def _json_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Itera
 
 
 def _json_value(name: str, value: Any) -> Any:
-    """Return text as it is and numbers as float; raise ValueError for anything else."""
+    """Return text as it is and numbers as float; raise ValueError for anything else. What is kept becomes text."""
+    if name.startswith(KEPT) and not isinstance(value, str):
+        return "" if value is None else json.dumps(value, ensure_ascii=False)
     if value is None or (name not in NUMBERS and isinstance(value, str)):
         return value
     if name not in NUMBERS:

@@ -11,6 +11,7 @@ from transencoder.config.options import Reading, result_options
 from transencoder.data.hub_sets import load_split
 from transencoder.data.tables import (
     AS_IT_IS,
+    PAIRS,
     SENTENCES,
     check_hub_table,
     is_hub_id,
@@ -67,13 +68,14 @@ def read_pool(arguments: ScoringArguments | LabelArguments, drop_duplicates: boo
         arguments: `pairs` (names of `POOLS`, files, NAME=FILE, Hub ids), what `PoolArguments` adds, and the seed.
         drop_duplicates: keep the first of exactly equal pairs; a named pool has no others.
     """
-    data_dir, seed = arguments.data_dir, arguments.seed
-    table = _sampled(_together(arguments.pairs, data_dir, arguments), arguments.num_training_pairs, seed, "pairs")
+    data_dir, seed, keep = arguments.data_dir, arguments.seed, getattr(arguments, "keep", None)
+    table = _together(arguments.pairs, data_dir, arguments, keep)
+    table = _sampled(table, arguments.num_training_pairs, seed, "pairs")
     if arguments.extra_pairs:
-        extra = _together(arguments.extra_pairs, data_dir, arguments)
+        extra = _together(arguments.extra_pairs, data_dir, arguments, keep)
         extra = _sampled(extra, arguments.num_extra_pairs, seed, "extra pairs")
         table = datasets.concatenate_datasets([table, extra])
-    return without_repeats(table) if drop_duplicates else table
+    return without_repeats(table, list(PAIRS)) if drop_duplicates else table
 
 
 def read_sentence_pool(sources: list[str], data_dir: str | None, reading: Reading = AS_IT_IS) -> datasets.Dataset:
@@ -140,10 +142,14 @@ def _local_files(names: list[str], data_dir: str) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _together(specs: list[str], data_dir: str | None, reading: Reading) -> datasets.Dataset:
-    """Read the pairs of pools and files into one table."""
+def _together(specs: list[str], data_dir: str | None, reading: Reading, keep: list[str] | None) -> datasets.Dataset:
+    """Read the pairs of pools and files into one table, with the columns `keep` of the files."""
+    if keep and (pools := POOLS.keys() & specs):
+        raise InputError(f"--keep {keep[0]}: the pool {min(pools)} has no such column")
     tables = [
-        _named_pool(spec, data_dir) if spec in POOLS else read_pairs([_file_of(spec, tuple(POOLS))], reading=reading)
+        _named_pool(spec, data_dir)
+        if spec in POOLS
+        else read_pairs([_file_of(spec, tuple(POOLS))], reading=reading, keep=keep)
         for spec in specs
     ]
     return datasets.concatenate_datasets(tables)

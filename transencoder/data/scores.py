@@ -21,12 +21,17 @@ KEY = b"transencoder"  # of the metadata in a Parquet file
 
 
 def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, metadata: dict[str, Any]) -> None:
-    """Write sentence1, sentence2 and score (float32) as Parquet, atomically; `metadata` goes into the file."""
+    """Write sentence1, sentence2, score (float32) and what `pairs` has besides as Parquet, atomically.
+
+    Args:
+        metadata: goes into the file.
+    """
+    more = [name for name in pairs.column_names if name not in (*PAIRS, "score")]
 
     def tables() -> Iterator[pa.Table]:
         for start, block in blocks(pairs):
-            columns = [block[name] for name in PAIRS]
-            yield pa.table([*columns, scores[start : start + len(block)]], names=[*PAIRS, "score"])
+            some = scores[start : start + len(block)]
+            yield pa.table({**{n: block[n] for n in PAIRS}, "score": some, **{n: block[n] for n in more}})
 
     write_tables(path, tables(), metadata)
 
@@ -56,8 +61,29 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 def check_output(path: Path) -> None:
     """Raise `InputError` if `path` cannot become a Parquet file, before there is anything to lose."""
-    if path.suffix != ".parquet" or path.is_dir():
-        raise InputError(f"--output {path}: must be the name of a .parquet file")
+    _check_output(path, (".parquet",))
+
+
+def check_rows_output(path: Path, begins: dict[str, str], inputs: list[str] | None) -> None:
+    """Raise `InputError` unless a tool may write its results to `path`: a new file, or one of its own.
+
+    Args:
+        begins: what the tool's own files begin with, by the suffixes that they may have.
+        inputs: must not be overwritten.
+    """
+    _check_output(path, tuple(begins))
+    if not path.exists():
+        return
+    start = begins[path.suffix].encode()
+    with path.open("rb") as file:
+        ours = file.read(len(start)) in (b"", start)
+    if not ours or any(path.samefile(source) for source in inputs or [] if Path(source).exists()):
+        raise InputError(f"--output {path}: exists and was not written by this tool; choose another name")
+
+
+def _check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix not in suffixes or path.is_dir():
+        raise InputError(f"--output {path}: must be the name of a {' or '.join(suffixes)} file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

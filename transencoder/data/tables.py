@@ -21,7 +21,9 @@ from transencoder.config.options import Reading
 from transencoder.data.bad_rows import BadRows, checked
 from transencoder.data.cache import cache_key, cached, checksum
 from transencoder.data.formats import (
+    KEPT,
     NUMBERS,
+    ROW,
     Block,
     as_blocks,
     check_file,
@@ -60,6 +62,32 @@ def sentence_parts(source: str, reading: Reading = AS_IT_IS) -> list[datasets.Da
     return [_cached_table(source, SENTENCES, reading)]
 
 
+def read_rows(sources: list[str], reading: Reading, keep: list[str]) -> datasets.Dataset:
+    """Read every row of `sources`, repeats included.
+
+    Args:
+        keep: columns that are carried along, as text.
+    Returns:
+        The columns sentence, `keep`, row (int64, from 1), and file where there are several sources. A pair gives two
+        rows.
+    """
+    parts, more = [], _carried(keep)
+    for source in sources:
+        pairs = not is_hub_id(source) and _holds_pairs(source, parse_renaming(reading.columns))
+        texts = PAIRS if pairs else SENTENCES
+        table = _cached_table(source, (*texts, *more), reading)
+        for text in texts:
+            names = {text: "sentence", **dict(zip(more, [*keep, ROW], strict=True))}
+            part = table.select_columns([text, *more]).rename_columns(names)
+            parts.append(part.add_column("file", [source] * len(part)) if len(sources) > 1 else part)
+    return datasets.concatenate_datasets(parts)
+
+
+def _carried(keep: list[str]) -> list[str]:
+    """Return our names of the columns `keep`, and of the rows' numbers."""
+    return [*(f"{KEPT}{name}" for name in keep), ROW]
+
+
 def sides(pairs: datasets.Dataset) -> list[datasets.Dataset]:
     """Return both sides of pairs, each as the column `sentence`."""
     return [pairs.select_columns(name).rename_column(name, "sentence") for name in PAIRS]
@@ -73,7 +101,11 @@ def join_sentences(parts: list[datasets.Dataset], sources: list[str]) -> dataset
 
 
 def read_pairs(
-    sources: list[str], gold: str | None = None, reading: Reading = AS_IT_IS, drop_duplicates: bool = False
+    sources: list[str],
+    gold: str | None = None,
+    reading: Reading = AS_IT_IS,
+    drop_duplicates: bool = False,
+    keep: list[str] | None = None,
 ) -> datasets.Dataset:
     """Pairs of all `sources`, in order.
 
@@ -83,16 +115,19 @@ def read_pairs(
         gold: name of a numeric column to read as well: "score" or "label" (0 or 1).
         reading: how columns are renamed, and what is done about bad rows.
         drop_duplicates: keep the first of exactly equal pairs.
+        keep: columns that are carried along, as text, together with the rows' numbers.
     Returns:
-        A memory-mapped dataset with the string columns `sentence1` and `sentence2`, and `gold` as float64.
+        A memory-mapped dataset with the string columns `sentence1` and `sentence2`, `gold` as float64, and `keep` and
+        row (int64, from 1) where some are kept.
     Raises:
         InputError: a missing, empty or unreadable file, a missing column, an empty sentence, a score that is not a
             number, fewer than two distinct sentences. The message names file, row and column.
     """
-    wanted = PAIRS + ((gold,) if gold else ())
+    wanted = PAIRS + ((gold,) if gold else ()) + tuple(_carried(keep) if keep else ())
     table = datasets.concatenate_datasets([_cached_table(source, wanted, reading) for source in sources])
+    table = table.rename_columns({f"{KEPT}{name}": name for name in keep}) if keep else table
     _check_two_distinct(table, PAIRS, sources)
-    return without_repeats(table) if drop_duplicates else table
+    return without_repeats(table, list(PAIRS)) if drop_duplicates else table
 
 
 def sample(table: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:
@@ -102,13 +137,22 @@ def sample(table: datasets.Dataset, size: int | None, seed: int) -> datasets.Dat
     return table.select(np.sort(np.random.default_rng(seed).choice(len(table), size, replace=False)))
 
 
-def without_repeats(table: datasets.Dataset) -> datasets.Dataset:
-    """Return the first of each set of equal rows, told by 64-bit hashes: a few bytes a row, however long the text."""
-    hashes = np.empty(len(table), dtype=np.uint64)
-    for start, block in blocks(table):
-        hashes[start : start + len(block)] = row_hashes(block)
-    first = np.sort(np.unique(hashes, return_index=True)[1])
+def without_repeats(table: datasets.Dataset, names: list[str] | None = None) -> datasets.Dataset:
+    """Return the first of each set of equal rows, told by 64-bit hashes: a few bytes a row, however long the text.
+
+    Args:
+        names: of the columns that are compared; all by default.
+    """
+    first = first_rows(table, names or table.column_names)
     return table if len(first) == len(table) else table.select(first)
+
+
+def first_rows(table: datasets.Dataset, names: list[str]) -> np.ndarray:
+    """Return the numbers of the first of each set of rows that are equal in the columns `names`: int64, ascending."""
+    hashes, compared = np.empty(len(table), dtype=np.uint64), table.select_columns(names)
+    for start, block in blocks(compared):
+        hashes[start : start + len(block)] = row_hashes(block.select(names))
+    return np.sort(np.unique(hashes, return_index=True)[1])
 
 
 def row_hashes(block: pa.Table) -> np.ndarray:
@@ -193,11 +237,13 @@ def _cached_table(source: str, wanted: tuple[str, ...], reading: Reading) -> dat
     if is_hub_id(source):
         return _from_hub(source, wanted, reading)
     check_file(source)
+    if format_of(source) == ".txt" and (kept := [name.removeprefix(KEPT) for name in wanted if name.startswith(KEPT)]):
+        raise InputError(f"--keep {kept[0]}: {source} has no columns")
     renaming, content = parse_renaming(reading.columns), _content(source)
     key = cache_key(content, format_of(source), wanted, sorted(renaming.items()), reading.skip_bad_rows)
 
     def blocks_of_file() -> Iterator[Block]:
-        yield from read_blocks(source, wanted, renaming)
+        yield from read_blocks(source, tuple(name for name in wanted if name != ROW), renaming)
         if _content(source) != content:
             raise InputError(f"{source}: has changed while it was read; run the same command again")
 
@@ -216,7 +262,8 @@ def _through_cache(
     key: str, source: str, read: Callable[[], Iterator[Block]], wanted: tuple[str, ...], reading: Reading
 ) -> datasets.Dataset:
     """Return the table of this key, written first if it is not there yet."""
-    schema = pa.schema([(name, pa.float64() if name in NUMBERS else pa.large_string()) for name in wanted])
+    types = {ROW: pa.int64(), **dict.fromkeys(NUMBERS, pa.float64())}
+    schema = pa.schema([(name, types.get(name, pa.large_string())) for name in wanted])
 
     def make(target: Path) -> str:
         bad = BadRows(source, reading.skip_bad_rows)
@@ -243,9 +290,10 @@ def _from_hub(source: str, wanted: tuple[str, ...], reading: Reading) -> dataset
     name, _, revision = source.partition("@")
     name, _, split = name.partition(":")
     table, renaming = load_split(name, split or "train", revision=revision or None), parse_renaming(reading.columns)
-    theirs = [theirs_of(name, renaming, table.column_names) for name in wanted]
+    ours = [name for name in wanted if name != ROW]
+    theirs = [theirs_of(name, renaming, table.column_names) for name in ours]
     require_columns(source, theirs, table.column_names)
-    table = table.select_columns(theirs).rename_columns({b: a for a, b in zip(wanted, theirs, strict=True) if a != b})
+    table = table.select_columns(theirs).rename_columns({b: a for a, b in zip(ours, theirs, strict=True) if a != b})
     return check_hub_table(table, source, wanted, reading)
 
 
