@@ -1,74 +1,92 @@
 #!/usr/bin/env python3
-r"""Find groups of paraphrases in a file of sentences, and write them as CSV.
+r"""Find rows that say the same in a file of sentences: exact repeats, and groups of paraphrases.
 
 python scripts/find_duplicates.py --bi_encoder runs/mine/best/bi-encoder --cross_encoder runs/mine/best/cross-encoder \
     --sentences sentences.txt --output duplicates.csv
 """
 
-import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-import datasets
+from datasets import Dataset
 
 from transencoder.config.tools import DuplicatesArguments, parse_tool
 from transencoder.data.formats import write_rows
-from transencoder.data.tables import PAIRS, SENTENCES, read_sentences
-from transencoder.data.tokens import tokenize
-from transencoder.embeddings import embed
-from transencoder.errors import InputError, one_line_errors
+from transencoder.data.scores import check_rows_output
+from transencoder.data.tables import PAIRS, SENTENCES, read_rows
+from transencoder.data.tokens import tokenize, unique_sentences
+from transencoder.embeddings import embed, similarities
+from transencoder.errors import InputError, one_line_errors, printable
 from transencoder.inference import Inference
 from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.optional import load_optional
 from transencoder.scoring import Teachers
-from transencoder.search.clusters import candidate_pairs, communities
+from transencoder.search.clusters import candidate_pairs, communities, repeated, rows_of, sweep
 from transencoder.search.index import check_searchable, vector_shards
 from transencoder.search.neighbours import vector_index
+
+# What a file of this script begins with.
+BEGINS = {".csv": '"cluster"', ".jsonl": '{"cluster"'}
 
 
 @one_line_errors
 def main() -> None:
     arguments = parse_tool(DuplicatesArguments, __doc__)
-    output = Path(arguments.output)
-    if output.suffix != ".csv":
-        raise InputError(f"--output {output}: must be the name of a .csv file")
+    output, keep, options = Path(arguments.output), arguments.keep or [], model_options(arguments)
+    check_rows_output(output, BEGINS, arguments.sentences)
     if not arguments.sentences:
         raise InputError("--sentences: give the file to search through")
-    options = model_options(arguments)
     for name in ("faiss", "networkx"):
         load_optional(name)
     check_bi_encoder(arguments.bi_encoder, options)
-    check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
-    sentences = read_sentences(arguments.sentences, arguments)
+    if arguments.cross_encoder:
+        check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
+    rows = read_rows(arguments.sentences, arguments, keep)
+    sentences, (places,) = unique_sentences(rows, SENTENCES)
     accelerator = start(arguments)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     shards = vector_shards(output, sentences, arguments, accelerator)
     inference = Inference(accelerator, arguments.eval_batch_tokens)
     encoder = inference.load(arguments.bi_encoder, options)
     check_searchable(encoder)
-    kept = dataclasses.replace(inference, shards=shards)
     tokens = tokenize(sentences, SENTENCES, encoder.preprocessor())
-    vectors = embed([(encoder, [tokens])], shards.folder / "sentences.vec", kept)
+    vectors = embed([(encoder, [tokens])], shards.folder / "sentences.vec", replace(inference, shards=shards))
     index = vector_index(vectors, shards.folder, arguments.seed, encoder.similarity)
-    rows = candidate_pairs(index, vectors, arguments.neighbours)
-    pairs = datasets.Dataset.from_dict({name: sentences[rows[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
-    teachers = Teachers([arguments.bi_encoder, arguments.cross_encoder], options=options, both_orders=True)
-    (scores,) = teachers.score([pairs], inference)
-    groups = communities(rows, scores, arguments.threshold, arguments.seed)
+    pairs = candidate_pairs(index, vectors, arguments.neighbours)
+    scores = similarities(vectors, *pairs.T, encoder.similarity)
+    if arguments.cross_encoder and len(pairs):
+        texts = Dataset.from_dict({name: sentences[pairs[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
+        teacher = Teachers([arguments.cross_encoder], options=options, both_orders=True)
+        scores = (scores + teacher.score([texts], inference)[0]) / 2
+    groups = communities(pairs, scores, arguments.threshold, arguments.seed)
     shards.remove()
 
+    if arguments.sweep:
+        print(printable(sweep(pairs, scores, sentences, arguments.seed)))
+    if not groups and len(pairs):
+        best = scores.argmax()
+        nearest = " and ".join(f"{text:.60}" for text in sentences[pairs[best]]["sentence"])
+        log(f"no pair reaches --threshold {arguments.threshold} (--sweep tries others); {scores[best]:.3f}: {nearest}")
+    members = rows_of(places)
+    repeats = repeated(members, groups)
+    similar = [[(row, score) for one, score in group for row in members[one]] for group in groups]
+    names = [*(["file"] if len(arguments.sentences) > 1 else []), "row", *keep, "sentence"]
+    kinds = [("exact", group) for group in repeats] + [("similar", group) for group in similar]
     lines = (
-        [number, len(group), round(float(score), 3), sentences[row]["sentence"]]
-        for number, group in enumerate(groups, start=1)
+        [number, kind, len(group), round(score, 3), *map(rows[row].get, names)]
+        for number, (kind, group) in enumerate(kinds, start=1)
         for row, score in group
     )
-    write_rows(output, ["cluster", "size", "score", "sentence"], lines)
-    log(f"{output}: {len(groups)} groups with {sum(map(len, groups))} of {len(sentences)} sentences")
+    write_rows(output, ["cluster", "kind", "size", "score", *names], lines)
+    log(
+        f"{output}: {len(repeats)} groups of exact repeats with {sum(map(len, repeats))} rows, "
+        f"{len(similar)} groups of similar sentences with {sum(map(len, similar))} rows, of {len(rows)} rows"
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python scripts/search.py --index runs/mine/index --bi_encoder runs/mine/best/bi-
 The index is made once; later calls leave --sentences out, or give more of them. Without a query, a prompt opens.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +14,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 import numpy as np
+from datasets import Dataset
 
+from transencoder.config.options import is_text
 from transencoder.config.tools import SearchArguments, parse_tool
-from transencoder.data.tables import read_pairs, read_sentences, sentence_parts
+from transencoder.data.formats import write_rows
+from transencoder.data.scores import check_rows_output
+from transencoder.data.tables import read_pairs, read_rows, sentence_parts
 from transencoder.errors import InputError, one_line_errors, printable
 from transencoder.inference import Inference
 from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
-from transencoder.runtime.accelerator import log, start
-from transencoder.runtime.files import write_text
+from transencoder.runtime.accelerator import log, progress_bar, start
+from transencoder.runtime.optional import load_optional
 from transencoder.search.index import (
     Hit,
     Searcher,
@@ -31,28 +34,30 @@ from transencoder.search.index import (
     check_index,
     check_searchable,
     load_index,
-    new_sentences,
+    new_rows,
     partners,
     recall,
 )
+from transencoder.search.neighbours import LexicalIndex
+
+# Of a result's fields, those that the table has in columns of its own, or not at all.
+SHOWN = ("sentence", "file", "score", "bi_encoder", "cross_encoder", "alike")
 
 
 def open_searcher(arguments: SearchArguments) -> Searcher:
     """Check everything, bring the index up to date, load the models."""
-    options = model_options(arguments)
+    options, keep = model_options(arguments), arguments.keep or []
     check_bi_encoder(arguments.bi_encoder, options)
     if arguments.cross_encoder:
         check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
+    if arguments.hybrid:
+        load_optional("bm25s")
     folder = Path(arguments.index)
-    there = check_index(folder, arguments.bi_encoder, options)
+    there = check_index(folder, arguments.bi_encoder, options, keep if arguments.sentences else None)
     if not there and not arguments.sentences:
         raise InputError(f"--index {folder}: there is none yet; give --sentences FILE to make it")
-    sentences = read_sentences(arguments.sentences, arguments) if arguments.sentences else []
     index = load_index(folder) if there else None
-    fresh = new_sentences(index, sentences) if len(sentences) else []
-    size = (len(index) if index else 0) + len(fresh)
-    if arguments.top_k > size:
-        raise InputError(f"--top_k {arguments.top_k}: the index holds {size} sentences")
+    fresh = new_rows(index, read_rows(arguments.sentences, arguments, keep), keep) if arguments.sentences else []
     accelerator = start(arguments)
     inference = Inference(accelerator, arguments.eval_batch_tokens)
     bi_encoder = inference.load(arguments.bi_encoder, options)
@@ -61,46 +66,69 @@ def open_searcher(arguments: SearchArguments) -> Searcher:
         index = add_sentences(folder, index, fresh, bi_encoder, arguments, inference)
         log(f"{folder}: {len(index)} sentences, {len(fresh)} of them new")
     cross_encoder = inference.load(arguments.cross_encoder, options) if arguments.cross_encoder else None
-    return Searcher(index, bi_encoder, cross_encoder, inference, arguments.candidates)
+    words = LexicalIndex(index.sentences["sentence"].to_pylist()) if arguments.hybrid else None
+    return Searcher(index, bi_encoder, cross_encoder, inference, arguments.candidates, words)
 
 
-def queries_in(path: str | None) -> list[str]:
-    """The lines of a file of queries."""
-    return [query for part in sentence_parts(path) for query in part["sentence"]] if path else []
+def queries_in(arguments: SearchArguments) -> list[str]:
+    """The rows of a file of queries."""
+    path = arguments.queries
+    return [query for part in sentence_parts(path, arguments) for query in part["sentence"]] if path else []
 
 
 def typed() -> Iterator[str]:
     """Queries from a prompt, until an empty one or the end of the input."""
+    if sys.stdin is None:
+        raise InputError("nothing to read queries from; give --query or --queries")
     while True:
         try:
             query = input("query> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            query = "\udc80"  # as Python has it in some locales
         if not query:
             return
+        if not is_text(query):
+            raise InputError("a query is not UTF-8 text")
         yield query
 
 
 def table(query: str, hits: list[Hit], milliseconds: dict[str, float]) -> str:
-    """Results as lines of text."""
-    lines = [query] + [
-        f"{'' if hit.rerank is None else f'{hit.rerank:7.3f}'} {hit.score:7.3f}  {hit.sentence}" for hit in hits
+    """Results as lines of text, with the scores that explain their order."""
+    found = [hit.as_dict() for hit in hits]
+    names = [name for name in dict.fromkeys(name for hit in found for name in hit) if name not in SHOWN]
+    scores = [
+        "score",
+        *(
+            name
+            for name in ("bi_encoder", "cross_encoder")
+            if any(hit[name] != hit["score"] for hit in found if name in hit)
+        ),
     ]
-    return "\n".join(
-        [*lines, ", ".join(f"{name.replace('_ms', '')} {value:.0f} ms" for name, value in milliseconds.items())]
-    )
+    lines = [[*scores, *names, "sentence"]]
+    for hit in found:
+        more = f"  (and {len(hit['alike'])} alike)" if "alike" in hit else ""
+        cells = [f"{hit[name]:.3f}" for name in scores] + [str(hit.get(name, "")) for name in names]
+        lines.append([*cells, hit["sentence"] + more])
+    widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
+    shown = ["  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines]
+    times = ", ".join(f"{name.removesuffix('_ms')} {value:.0f} ms" for name, value in milliseconds.items())
+    return "\n".join([query, *shown, times])
 
 
-def report_recall(searcher: Searcher, pairs, top_k: int) -> None:
+def report_recall(searcher: Searcher, pairs: Dataset, top_k: int) -> None:
     """Print the mean share of each sentence's partners among its first results, retrieved and re-ranked."""
     relevant = partners(pairs)
     if not relevant:
         raise InputError("--relevant: no pair has label 1")
     values = []
+    bar = progress_bar(searcher.inference.accelerator, len(relevant), "Searching")
     for query, others in relevant.items():
-        # One more, as the query itself is in most indices.
-        reranked, retrieved, _ = searcher.search(query, top_k + 1)
+        reranked, retrieved, _ = searcher.search(query)
         values.append([recall(hits, others, query, top_k) for hits in (retrieved, reranked)])
+        bar.update()
+    bar.close()
     means = 100 * np.mean(values, axis=0)
     print(f"recall@{top_k} of {len(values)} queries: retrieved {means[0]:.2f}, re-ranked {means[1]:.2f}")
 
@@ -108,21 +136,25 @@ def report_recall(searcher: Searcher, pairs, top_k: int) -> None:
 @one_line_errors
 def main() -> None:
     arguments = parse_tool(SearchArguments, __doc__)
-    pairs = read_pairs([arguments.relevant], "label") if arguments.relevant else None
-    queries = (arguments.query or []) + queries_in(arguments.queries)
+    if arguments.output:
+        check_rows_output(Path(arguments.output), {".jsonl": '{"query"'}, arguments.sentences)
+    pairs = read_pairs([arguments.relevant], "label", arguments) if arguments.relevant else None
+    queries = (arguments.query or []) + queries_in(arguments)
     searcher = open_searcher(arguments)
     if pairs is not None:
         return report_recall(searcher, pairs, arguments.top_k)
+    if len(searcher.index) < arguments.top_k:
+        log(f"--top_k {arguments.top_k}: the index holds {len(searcher.index)} sentences, and all of them are shown")
     results = []
     for query in queries or typed():
-        hits, _, milliseconds = searcher.search(query, arguments.top_k)
-        results.append(
-            json.dumps({"query": query, "hits": [vars(hit) for hit in hits], **milliseconds}, ensure_ascii=False)
-        )
+        hits, _, milliseconds = searcher.search(query)
+        hits = hits[: arguments.top_k]
+        results.append([query, [hit.as_dict() for hit in hits], *milliseconds.values()])
         if not arguments.output:
             print(printable(table(query, hits, milliseconds)), flush=True)
     if arguments.output:
-        write_text(Path(arguments.output), "\n".join(results) + "\n")
+        names = ["query", "hits", "retrieve_ms", "rerank_ms"]
+        write_rows(Path(arguments.output), names[: len(results[0])] if results else names, results)
         log(f"{arguments.output}: the results of {len(results)} queries")
 
 

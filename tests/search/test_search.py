@@ -10,14 +10,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import random_sentences
+from datasets import Dataset
 
 from transencoder.data.tables import read_pairs
 from transencoder.embeddings import embed_texts
 from transencoder.encoders import load_encoder
 from transencoder.inference import Inference
 from transencoder.search import neighbours
-from transencoder.search.clusters import candidate_pairs, communities
-from transencoder.search.index import Hit, grown, load_index, partners, recall
+from transencoder.search.clusters import candidate_pairs, communities, sweep
+from transencoder.search.index import Hit, grown, load_index, partners, recall, reciprocal_ranks
 
 
 @pytest.fixture
@@ -45,8 +46,11 @@ def test_results_are_those_of_scoring_everything(words, bi_encoder, cross_encode
     candidates = np.argsort(-cosines)[:12]
     best = sorted(candidates, key=lambda row: -scores[row] - cosines[row])[:5]
     assert [hit["sentence"] for hit in line["hits"]] == [sentences[row] for row in best]
-    np.testing.assert_allclose([hit["score"] for hit in line["hits"]], cosines[best], atol=1e-5)
-    np.testing.assert_allclose([hit["rerank"] for hit in line["hits"]], scores[best], atol=1e-5)
+    np.testing.assert_allclose([hit["bi_encoder"] for hit in line["hits"]], cosines[best], atol=1e-5)
+    np.testing.assert_allclose([hit["cross_encoder"] for hit in line["hits"]], scores[best], atol=1e-5)
+    means = (scores[best] + cosines[best]) / 2  # what explains the order
+    np.testing.assert_allclose([hit["score"] for hit in line["hits"]], means, atol=1e-5)
+    assert [hit["row"] for hit in line["hits"]] == [row + 1 for row in best]
 
 
 def test_an_index_is_made_once_and_gets_what_is_new(words, tmp_path, run_script, monkeypatch):
@@ -56,7 +60,8 @@ def test_an_index_is_made_once_and_gets_what_is_new(words, tmp_path, run_script,
     (tmp_path / "more.txt").write_text("a parcel from the moon\n" + random_sentences(40)[3] + "\nanother one\n")
     added = run_script("search.py", *words, "--sentences", tmp_path / "more.txt", "--query", "a parcel from the moon")
     assert "42 sentences, 2 of them new" in added.stderr
-    assert load_index(tmp_path / "index").texts(np.asarray([40, 41])) == ["a parcel from the moon", "another one"]
+    rows = load_index(tmp_path / "index").rows(np.asarray([40, 41]))
+    assert rows == [{"sentence": "a parcel from the moon", "row": 1}, {"sentence": "another one", "row": 3}]
     monkeypatch.setattr("transencoder.search.index.embed", None)  # nothing is encoded again
     for sentences in ([], ["--sentences", tmp_path / "more.txt"]):
         again = run_script("search.py", *words, *sentences, "--query", "a parcel from the moon", "--top_k", 3)
@@ -77,7 +82,7 @@ def test_queries_from_a_file_and_from_the_prompt(words, tmp_path, run_script, mo
 
 
 def test_recall_counts_partners_and_not_the_query(words, tmp_path, run_script):
-    hits = [Hit(text, 0.0) for text in ("q", "a", "x", "b")]
+    hits = [Hit([{"sentence": text}], 0.0, 0.0) for text in ("q", "a", "x", "b")]
     assert recall(hits, {"a", "b"}, "q", 2) == 0.5 and recall(hits, {"a", "b"}, "q", 3) == 1.0
     sentences = random_sentences(40)
     (tmp_path / "pairs.tsv").write_text(
@@ -95,8 +100,9 @@ def test_recall_counts_partners_and_not_the_query(words, tmp_path, run_script):
     ("text", "extra", "said"),
     [
         ("", [], "the file is empty"),
-        ("only one\n", [], "fewer than two distinct sentences"),
-        ("one\ntwo\n", ["--top_k", "3"], "--top_k 3: the index holds 2 sentences"),
+        ("one\ntwo\n", ["--output", "hits.txt"], "--output hits.txt: must be the name of a .jsonl file"),
+        ("one\ntwo\n", ["--keep", "id"], "text.txt has no columns"),
+        ("one\ntwo\n", ["--keep", "row"], "--keep row: the results have such a column anyway"),
         ("one\ntwo\n", ["--candidates", "1"], "--candidates 1: fewer than --top_k 2"),
         (None, [], "there is none yet; give --sentences FILE"),
     ],
@@ -167,6 +173,89 @@ def test_vectors_of_other_sentences_are_not_reused_after_a_kill(words, bi_encode
         np.testing.assert_allclose(*map(np.array, seen))
 
 
+def test_one_sentence_is_added_and_more_results_than_there_are_are_all(words, tmp_path, run_script):
+    for number, text in enumerate(["only this\n", "one more\n"]):
+        (tmp_path / "one.txt").write_text(text)
+        given = [*words, "--sentences", tmp_path / "one.txt", "--query", text.strip(), "--top_k", 70]
+        result = run_script("search.py", *given, "--output", tmp_path / "found.jsonl")
+        assert result.returncode == 0 and f"{number + 1} sentences, 1 of them new" in result.stderr, result.stderr
+        assert f"--top_k 70: the index holds {number + 1} sentences" in result.stderr
+        assert len(json.loads((tmp_path / "found.jsonl").read_text())["hits"]) == number + 1
+
+
+TICKETS = "id,sentence\nt1,My parcel is late\nt2,cancel the plan\nt3,My parcel is late\nt4,my parcel is late!\n"
+
+
+def test_rows_that_are_alike_are_one_result_with_all_their_ids(words, bi_encoder, tmp_path, run_script):
+    (tmp_path / "tickets.csv").write_text(TICKETS)
+    given = ["--index", tmp_path / "index", "--bi_encoder", bi_encoder, "--sentences", tmp_path / "tickets.csv"]
+    query = ["--query", "my parcel is late", "--candidates", 2, "--top_k", 2]
+    assert (
+        run_script("search.py", *given, "--keep", "id", *query, "--output", tmp_path / "found.jsonl").returncode == 0
+    )
+    first, second = json.loads((tmp_path / "found.jsonl").read_text())["hits"]
+    assert [first["id"], first["row"]] == ["t1", 1] and [second["id"], second["row"]] == ["t2", 2]
+    assert [(hit["id"], hit["row"]) for hit in first["alike"]] == [("t3", 3), ("t4", 4)] and "alike" not in second
+    shown = run_script("search.py", *given, "--keep", "id", *query).stdout.splitlines()
+    assert shown[1].split() == ["score", "id", "row", "sentence"]
+    assert shown[2].endswith("t1    1  My parcel is late  (and 2 alike)") and len(shown) == 5
+    other = run_script("search.py", *given, *query)
+    assert other.returncode == 2 and "made with --keep id; give the same" in other.stderr
+    assert run_script("search.py", *given[:4], *query).returncode == 0  # nothing is added
+
+
+def test_words_find_what_vectors_do_not(bi_encoder, tmp_path, run_script):
+    code = "zq 4711"
+    (tmp_path / "sentences.txt").write_text("\n".join([*random_sentences(60), f"the order {code} is late"]) + "\n")
+    given = ["--index", tmp_path / "index", "--bi_encoder", bi_encoder, "--sentences", tmp_path / "sentences.txt"]
+    found = {}
+    for switch in ([], ["--hybrid"]):
+        query = ["--query", f"how do i pay my {code}", "--candidates", 5, "--top_k", 5, *switch]
+        assert run_script("search.py", *given, *query, "--output", tmp_path / "found.jsonl").returncode == 0
+        found[len(switch)] = json.loads((tmp_path / "found.jsonl").read_text())["hits"]
+    assert not any(code in hit["sentence"] for hit in found[0])
+    assert any(code in hit["sentence"] for hit in found[1])
+    assert [hit["score"] for hit in found[1]] == sorted((hit["score"] for hit in found[1]), reverse=True)
+
+
+def test_ranks_are_fused_by_their_reciprocals():
+    fused = reciprocal_ranks(np.array([7, 8, 9]), [np.array([7, 8, 9]), np.array([7, 9])])
+    np.testing.assert_allclose(fused, [1, 61 / 62 / 2, (61 / 63 + 61 / 62) / 2])
+
+
+def test_columns_are_renamed_in_queries_and_in_relevant_pairs(words, tmp_path, run_script):
+    given = [*words, "--sentences", tmp_path / "sentences.txt"]
+    (tmp_path / "q.csv").write_text('qid,question\n1,"cancel my plan, please"\n')
+    result = run_script("search.py", *given, "--queries", tmp_path / "q.csv", "--columns", "sentence=question")
+    assert result.returncode == 0 and result.stdout.startswith("cancel my plan, please\n"), result.stderr
+    one, other = random_sentences(40)[:2]
+    (tmp_path / "pairs.tsv").write_text(f"question1\tquestion2\tis_duplicate\n{one}\t{other}\t1\n")
+    columns = ["--columns", "sentence1=question1", "sentence2=question2", "label=is_duplicate"]
+    result = run_script("search.py", *given, "--relevant", tmp_path / "pairs.tsv", *columns)
+    assert result.returncode == 0 and "of 2 queries" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("read", ["bytes", "closed"])
+def test_queries_that_cannot_be_read_are_one_line(words, tmp_path, run_script, monkeypatch, read):
+    given = [*words, "--sentences", tmp_path / "sentences.txt"]
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9 password\n".encode("latin-1"))
+    monkeypatch.setattr("sys.stdin", None if read == "closed" else (tmp_path / "latin1.txt").open(encoding="utf-8"))
+    result = run_script("search.py", *given)
+    said = "nothing to read queries from" if read == "closed" else "a query is not UTF-8 text"
+    assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_file_that_is_not_ours_is_not_overwritten(words, tmp_path, run_script):
+    (tmp_path / "mine.csv").write_text("sentence\none\ntwo\n")
+    for script, name in (("find_duplicates.py", "mine.csv"), ("search.py", "mine.jsonl")):
+        (tmp_path / name).write_text("sentence\none\ntwo\n")
+        index = words[-2:] if script == "search.py" else []
+        given = [*words[:4], *index, "--sentences", tmp_path / "mine.csv", "--output", tmp_path / name]
+        result = run_script(script, *given)
+        assert result.returncode == 2 and "exists and was not written by this tool" in result.stderr, result.stderr
+        assert (tmp_path / name).read_text() == "sentence\none\ntwo\n"
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
 def test_a_growing_index_finds_what_one_of_all_rows_finds(similarity, monkeypatch):
     """Exact, then from exact to clusters, then clusters that grow."""
@@ -218,14 +307,41 @@ def test_the_script_writes_groups_of_sentences(bi_encoder, cross_encoder, tmp_pa
     with (tmp_path / "out.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["sentence"] for row in rows} == set(random_sentences(30)) and len(rows) == 30  # everything is joined
+    assert all(random_sentences(30)[int(row["row"]) - 1] == row["sentence"] for row in rows)
     sizes = {row["cluster"]: int(row["size"]) for row in rows}
     assert sum(sizes.values()) == 30 and all(0 <= float(row["score"]) <= 1 for row in rows)
     none = run_script("find_duplicates.py", *words, "--threshold", 1.0)
-    assert none.returncode == 0 and "0 groups" in none.stderr
+    assert none.returncode == 0 and "0 groups of similar sentences" in none.stderr
+    assert "no pair reaches --threshold 1.0" in none.stderr
     for wrong, said in (
-        (["--output", "x.txt"], "must be the name of a .csv file"),
+        (["--output", "x.txt"], "must be the name of a .csv or .jsonl file"),
         (["--threshold", "2"], "--threshold"),
     ):
         bad = run_script("find_duplicates.py", *words, *wrong)
         assert bad.returncode == 2 and said in bad.stderr and len(bad.stderr.splitlines()) == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def test_exact_repeats_come_first_with_rows_and_ids_by_a_bi_encoder_alone(bi_encoder, tmp_path, run_script):
+    (tmp_path / "tickets.csv").write_text(TICKETS + "t5,cancel the plan\nt6,the app is not late\n")
+    given = ["--bi_encoder", bi_encoder, "--sentences", tmp_path / "tickets.csv", "--keep", "id"]
+    result = run_script("find_duplicates.py", *given, "--output", tmp_path / "out.jsonl", "--threshold", 0.999)
+    assert result.returncode == 0, result.stderr
+    # The random model's tokens have no case, and a sign of its own for "!".
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["cluster"], row["kind"], row["size"], row["row"], row["id"]) for row in rows] == [
+        (1, "exact", 2, 1, "t1"), (1, "exact", 2, 3, "t3"), (2, "exact", 2, 2, "t2"), (2, "exact", 2, 5, "t5"),
+    ]  # fmt: skip
+    assert "2 groups of exact repeats with 4 rows, 0 groups of similar" in result.stderr
+    result = run_script("find_duplicates.py", *given, "--output", tmp_path / "out.jsonl", "--threshold", 0, "--sweep")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"similar"} and sorted(row["row"] for row in rows) == [1, 2, 3, 4, 5, 6]
+    assert result.stdout.startswith("threshold  groups  sentences  just above it\n     0.95")
+
+
+def test_a_sweep_counts_groups_and_shows_pairs_between_thresholds():
+    sentences = Dataset.from_dict({"sentence": list("abcd")})
+    lines = sweep(np.asarray([[0, 1], [2, 3]]), np.float32([0.97, 0.72]), sentences, seed=0).splitlines()
+    assert [line.split() for line in lines if "|" in line] == [["0.970", "a", "|", "b"], ["0.720", "c", "|", "d"]]
+    counts = {line.split()[0]: line.split()[1:] for line in lines[1:] if "|" not in line}
+    assert counts["0.95"] == counts["0.75"] == ["1", "2"] and counts["0.70"] == ["2", "4"]

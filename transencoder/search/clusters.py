@@ -1,9 +1,12 @@
 """Paraphrases in a pile of sentences: neighbours by a bi-encoder, confirmed by a cross-encoder, as communities."""
 
+import datasets
 import numpy as np
 
 from transencoder.runtime.optional import load_optional
 from transencoder.search.neighbours import search_vectors
+
+THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 def candidate_pairs(index, vectors: np.ndarray, neighbours: int, rows_at_once: int = 8192) -> np.ndarray:
@@ -16,7 +19,8 @@ def candidate_pairs(index, vectors: np.ndarray, neighbours: int, rows_at_once: i
     found = []
     for start in range(0, len(vectors), rows_at_once):
         rows = np.arange(start, min(start + rows_at_once, len(vectors)))
-        others = search_vectors(index, vectors[rows], neighbours + 1)  # one of them is the sentence itself
+        k = min(neighbours + 1, len(vectors))  # one of them is the sentence itself
+        others = search_vectors(index, vectors[rows], k)
         pairs = np.stack([np.broadcast_to(rows[:, None], others.shape), others], axis=-1).reshape(-1, 2)
         found.append(pairs[(pairs[:, 1] >= 0) & (pairs[:, 0] != pairs[:, 1])])
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
@@ -48,3 +52,42 @@ def communities(pairs: np.ndarray, scores: np.ndarray, threshold: float, seed: i
         if len(order) > 1:
             groups.append([(row, strength[row] / joined.degree(row)) for row in order])
     return sorted(groups, key=lambda group: (-len(group), group[0][0]))
+
+
+def rows_of(places: np.ndarray) -> list[list[int]]:
+    """Return the rows of each sentence; `places`: int [rows], the sentence of each row."""
+    ends = np.cumsum(np.bincount(places))
+    return [rows.tolist() for rows in np.split(np.argsort(places, kind="stable"), ends[:-1])]
+
+
+def repeated(members: list[list[int]], groups: list[list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
+    """Return the rows of each sentence that is there more than once and in none of `groups`, each with the score 1.
+
+    Args:
+        members: as `rows_of` returns them.
+    """
+    similar = {sentence for group in groups for sentence, _ in group}
+    return [
+        [(row, 1.0) for row in rows]
+        for sentence, rows in enumerate(members)
+        if len(rows) > 1 and sentence not in similar
+    ]
+
+
+def sweep(pairs: np.ndarray, scores: np.ndarray, sentences: datasets.Dataset, seed: int) -> str:
+    """Return a table of thresholds: the groups that they give, and two pairs that are just above each.
+
+    Args:
+        pairs: int64 [pairs, 2].
+        scores: float32 [pairs].
+        sentences: column sentence.
+    """
+    lines, above, rng = ["threshold  groups  sentences  just above it"], np.inf, np.random.default_rng(seed)
+    for threshold in THRESHOLDS:
+        groups = communities(pairs, scores, threshold, seed)
+        lines.append(f"{threshold:9.2f}  {len(groups):6}  {sum(map(len, groups)):9}")
+        between = np.flatnonzero((scores >= threshold) & (scores < above))
+        for pair in np.sort(rng.choice(between, min(2, len(between)), replace=False)):
+            lines.append(f"{scores[pair]:36.3f}  {' | '.join(sentences[pairs[pair]]['sentence'])}")
+        above = threshold
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """An index of sentences on disk, and search in two steps: a bi-encoder retrieves, a cross-encoder re-ranks.
 
 INDEX/index.faiss        vectors of unit length, by inner product
-INDEX/sentences.arrow    the sentences, in the same order
+INDEX/sentences.arrow    the sentences in the same order, with their rows in their files, and the columns that are kept
 INDEX/index.json         which model made it
 """
 
@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from pyarrow import feather
 
 from transencoder.config.tools import SearchArguments, ToolArguments
-from transencoder.data.tables import SENTENCES, content_checksum, without_repeats
+from transencoder.data.tables import SENTENCES, blocks, content_checksum, first_rows, without_repeats
 from transencoder.data.tokens import tokenize
-from transencoder.embeddings import embed, embed_texts
+from transencoder.embeddings import embed, embed_texts, similarities
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.errors import InputError
 from transencoder.inference import Inference
@@ -34,26 +34,41 @@ from transencoder.runtime.records import model_identity
 from transencoder.runtime.shards import Shards
 from transencoder.scoring import score_texts
 from transencoder.search import neighbours
-from transencoder.search.neighbours import METRICS, empty_clusters, exact_index
+from transencoder.search.neighbours import METRICS, LexicalIndex, empty_clusters, exact_index, words_of
 
 if TYPE_CHECKING:
     import faiss
 
+RANKS_BEFORE = 60  # of reciprocal rank fusion, as its authors have it (Cormack et al., 2009)
 INDEX_FILE, SENTENCES_FILE, METADATA_FILE = "index.faiss", "sentences.arrow", "index.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hit:
-    """A result.
+    """A result: a sentence, and those in the index that have the same words in the same order.
 
     Args:
-        score: the bi-encoder's.
-        rerank: the cross-encoder's mean score of both orders, where there is one.
+        rows: as the index has them: sentence, file, row, and the columns that are kept; the nearest first.
+        score: what the results are ordered by: the mean of both encoders where their scores are on one scale.
+        bi_encoder: its similarity.
+        cross_encoder: its mean score of both orders, where there is one.
     """
 
-    sentence: str
+    rows: list[dict[str, Any]]
     score: float
-    rerank: float | None = None
+    bi_encoder: float
+    cross_encoder: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Return the sentence itself."""
+        return self.rows[0]["sentence"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON can hold it."""
+        scores = {"score": self.score, "bi_encoder": self.bi_encoder, "cross_encoder": self.cross_encoder}
+        found = {name: value for name, value in {**self.rows[0], **scores}.items() if value is not None}
+        return {**found, "alike": self.rows[1:]} if self.rows[1:] else found
 
 
 @dataclass
@@ -62,7 +77,7 @@ class SentenceIndex:
 
     Args:
         vectors: FAISS index of the sentences' vectors.
-        sentences: memory-mapped, column sentence.
+        sentences: memory-mapped, column sentence and those of `data.tables.read_rows`.
     """
 
     vectors: faiss.Index
@@ -71,12 +86,12 @@ class SentenceIndex:
     def __len__(self) -> int:
         return len(self.sentences)
 
-    def texts(self, rows: np.ndarray) -> list[str]:
-        """Return the sentences of `rows`."""
-        return self.sentences["sentence"].take(pa.array(rows)).to_pylist()
+    def rows(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Return what the index has of the sentences `numbers`."""
+        return self.sentences.take(pa.array(numbers)).to_pylist()
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Find the `k` nearest sentences, nearest first: similarities (float32) and rows (int64), [queries, k]."""
+        """Find the `k` nearest sentences, nearest first: similarities (float32) and numbers (int64), [queries, k]."""
         found, rows = self.vectors.search(np.ascontiguousarray(queries), k)
         if self.vectors.metric_type == load_optional("faiss").METRIC_L2:
             found = -np.sqrt(np.maximum(found, 0))
@@ -97,18 +112,20 @@ def vector_shards(
     return Shards(output, metadata, arguments.shard_rows, accelerator)
 
 
-def check_index(folder: Path, bi_encoder: str, options: ModelOptions) -> dict[str, Any] | None:
-    """Read index.json; returns None where there is no index yet.
+def check_index(folder: Path, bi_encoder: str, options: ModelOptions, keep: list[str] | None = None) -> bool:
+    """Return whether there is an index already.
 
+    Args:
+        keep: columns that sentences which are added bring along; None where none are added.
     Raises:
-        InputError: foreign files, a damaged index, one that another model made, or no FAISS.
+        InputError: foreign files, a damaged index, one that another model made or that keeps others, or no FAISS.
     """
     load_optional("faiss")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
+        return False
     try:
         metadata = read_json(folder / METADATA_FILE)
-        made_by, size = {"model": metadata["model"], "prompts": metadata["prompts"]}, metadata["sentences"]
+        made_by, kept = {"model": metadata["model"], "prompts": metadata["prompts"]}, metadata.get("keep", [])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--index {folder}: not an index that search.py made; choose another folder") from error
     now = index_metadata(bi_encoder, options)
@@ -120,7 +137,10 @@ def check_index(folder: Path, bi_encoder: str, options: ModelOptions) -> dict[st
         raise InputError(
             f"--index {folder}: made with the prompts {prompts}; give the same, or make one in another folder"
         )
-    return {"sentences": size}
+    if keep is not None and keep != kept:
+        made = f"--keep {' '.join(kept)}" if kept else "no --keep"
+        raise InputError(f"--index {folder}: made with {made}; give the same, or make one in another folder")
+    return True
 
 
 def check_searchable(encoder: BiEncoder) -> None:
@@ -139,13 +159,15 @@ def load_index(folder: Path) -> SentenceIndex:
         raise InputError(f"--index {folder}: damaged; delete it and make it again from --sentences") from error
 
 
-def new_sentences(found: SentenceIndex | None, sentences: datasets.Dataset) -> datasets.Dataset:
-    """Return those of `sentences` (column sentence, distinct) that are not in the index yet."""
+def new_rows(found: SentenceIndex | None, rows: datasets.Dataset, keep: list[str]) -> datasets.Dataset:
+    """Return those of `rows` (as of `read_rows`) that are not in the index yet, each once, by sentence and `keep`."""
+    names = ["sentence", *keep]
     if found is None:
-        return sentences
-    there = datasets.Dataset(datasets.table.InMemoryTable(found.sentences))
-    joined = without_repeats(datasets.concatenate_datasets([there, sentences.cast(there.features)]))
-    return joined.select(np.arange(len(there), len(joined)))
+        return without_repeats(rows, names)
+    there = datasets.Dataset(datasets.table.InMemoryTable(found.sentences.select(names)))
+    both = datasets.concatenate_datasets([there, rows.select_columns(names)])
+    first = first_rows(both, names)
+    return rows.select(first[first >= len(there)] - len(there))
 
 
 def add_sentences(
@@ -158,14 +180,14 @@ def add_sentences(
 ) -> SentenceIndex:
     """Encode sentences and write the index with them; whoever opens the folder meets the old one or the new one."""
     metadata = {**index_metadata(arguments.bi_encoder, model_options(arguments)), "name": arguments.bi_encoder}
+    metadata |= {"keep": arguments.keep or []}
     shards = vector_shards(folder, sentences, arguments, inference.accelerator)
     inference = dataclasses.replace(inference, shards=shards)
     tokens = tokenize(sentences, SENTENCES, encoder.preprocessor(side=1))
     added = embed([(encoder, [tokens])], shards.folder / "added.vec", inference)
-    tables = [pa.table({"sentence": pa.chunked_array(_texts(sentences))})]
-    if found is not None:
-        tables.insert(0, found.sentences.cast(tables[0].schema))
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(block for _, block in blocks(sentences))
+    if found is not None:  # an older index has fewer columns
+        table = pa.concat_tables([found.sentences, table], promote_options="permissive")
     faiss = load_optional("faiss")
     before = faiss.read_index(str(folder / INDEX_FILE)) if found else None  # what is memory-mapped cannot grow
     index = grown(before, added, encoder.similarity, arguments.seed)
@@ -177,11 +199,6 @@ def add_sentences(
         write_json(temporary / METADATA_FILE, {**metadata, "sentences": len(table)})
     shards.remove()
     return load_index(folder)
-
-
-def _texts(sentences: datasets.Dataset) -> Iterator[pa.Array]:
-    for batch in sentences.with_format("arrow").iter(100_000):
-        yield from batch["sentence"].cast(pa.large_string()).chunks
 
 
 def grown(index: faiss.Index | None, vectors: np.ndarray, similarity: str, seed: int) -> faiss.Index:
@@ -208,39 +225,87 @@ def grown(index: faiss.Index | None, vectors: np.ndarray, similarity: str, seed:
 
 @dataclass
 class Searcher:
-    """Retrieve, and re-rank if there is a cross-encoder."""
+    """Retrieve, and re-rank if there is a cross-encoder.
+
+    Args:
+        words: finds by words, too; None for the bi-encoder alone.
+        candidates: results that are retrieved.
+    """
 
     index: SentenceIndex
     bi_encoder: BiEncoder
     cross_encoder: CrossEncoder | None
     inference: Inference
     candidates: int
+    words: LexicalIndex | None = None
 
-    def search(self, query: str, top_k: int) -> tuple[list[Hit], list[Hit], dict[str, float]]:
+    def search(self, query: str) -> tuple[list[Hit], list[Hit], dict[str, float]]:
         """Find the best sentences for a query, and note how long it took.
 
         Returns:
             As re-ranked; as retrieved (the same without a cross-encoder); milliseconds of retrieving and re-ranking.
         """
         started = time.perf_counter()
-        vector = embed_texts(self.bi_encoder, [query], self.inference)
-        k = min(self.candidates if self.cross_encoder else top_k, len(self.index))
-        similarities, rows = self.index.nearest(vector, k)
-        there = rows[0] >= 0
-        texts = self.index.texts(rows[0][there])
-        retrieved = [Hit(text, float(score)) for text, score in zip(texts, similarities[0][there], strict=True)]
+        retrieved = self._retrieve(query)
         milliseconds = {"retrieve_ms": 1000 * (time.perf_counter() - started)}
         if not self.cross_encoder:
             return retrieved, retrieved, milliseconds
         started = time.perf_counter()
-        scores = score_texts(self.cross_encoder, [query] * len(texts), texts, self.inference)
+        texts = [hit.sentence for hit in retrieved]
+        scores = score_texts(self.cross_encoder, [query] * len(texts), texts, self.inference).tolist()
         # The mean of both encoders is better than either, an ensemble; but it takes scores that are on one scale.
         on_one_scale = self.bi_encoder.similarity == "cosine" and self.cross_encoder.is_bounded
-        by = scores + similarities[0][there] if on_one_scale else scores
-        order = np.argsort(-by, kind="stable")[:top_k]
-        reranked = [Hit(retrieved[i].sentence, retrieved[i].score, float(scores[i])) for i in order]
+        reranked = [
+            Hit(hit.rows, (cross + hit.bi_encoder) / 2 if on_one_scale else cross, hit.bi_encoder, cross)
+            for hit, cross in zip(retrieved, scores, strict=True)
+        ]
+        reranked.sort(key=lambda hit: -hit.score)
         milliseconds["rerank_ms"] = 1000 * (time.perf_counter() - started)
-        return reranked, retrieved[:top_k], milliseconds
+        return reranked, retrieved, milliseconds
+
+    def _retrieve(self, query: str) -> list[Hit]:
+        """Return the candidates, best first, each with those in the index that have the same words."""
+        vector, k = embed_texts(self.bi_encoder, [query], self.inference), self.candidates
+        while True:
+            k = min(k, len(self.index))
+            hits: dict[Any, Hit] = {}
+            for row, score, similarity in self._ranked(query, vector, k):
+                key = tuple(words_of(row["sentence"])) or row["sentence"]
+                hits.setdefault(key, Hit([], score, similarity)).rows.append(row)
+            if len(hits) >= self.candidates or k == len(self.index):
+                return list(hits.values())[: self.candidates]
+            k *= 4  # too many of them were alike
+
+    def _ranked(self, query: str, vector: np.ndarray, k: int) -> Iterator[tuple[dict[str, Any], float, float]]:
+        """Yield the nearest rows and those found by words, best first: the row, its score, and its similarity."""
+        similarity, rows = (found[0] for found in self.index.nearest(vector, k))
+        similarity, rows = similarity[rows >= 0], rows[rows >= 0]
+        score = similarity
+        if self.words:
+            found = self.words.search([query], k)[0]
+            found = found[found >= 0]
+            if len(more := np.setdiff1d(found, rows)):
+                texts = [row["sentence"] for row in self.index.rows(more)]
+                vectors = np.concatenate([vector, embed_texts(self.bi_encoder, texts, self.inference, side=1)])
+                places = np.arange(1, len(vectors))
+                added = similarities(vectors, np.zeros_like(places), places, self.bi_encoder.similarity)
+                rows, similarity = np.concatenate([rows, more]), np.concatenate([similarity, added])
+            score = reciprocal_ranks(rows, [rows[np.argsort(-similarity, kind="stable")], found])
+        order = np.lexsort((rows, -score))
+        yield from zip(self.index.rows(rows[order]), score[order].tolist(), similarity[order].tolist(), strict=True)
+
+
+def reciprocal_ranks(rows: np.ndarray, rankings: list[np.ndarray]) -> np.ndarray:
+    """Fuse rankings, the best first, by the sum of 1 / (60 + rank); float64 [rows], 1 for what is first in all.
+
+    Args:
+        rows: int64 [rows], of which each ranking has some.
+    """
+    score = np.zeros(len(rows))
+    for ranking in rankings:
+        ranks = {row: rank for rank, row in enumerate(ranking.tolist(), start=1)}
+        score += [1 / (RANKS_BEFORE + ranks[row]) if row in ranks else 0.0 for row in rows.tolist()]
+    return score * (RANKS_BEFORE + 1) / len(rankings)
 
 
 def partners(pairs: datasets.Dataset) -> dict[str, set[str]]:
@@ -254,6 +319,7 @@ def partners(pairs: datasets.Dataset) -> dict[str, set[str]]:
 
 
 def recall(hits: list[Hit], relevant: set[str], query: str, k: int) -> float:
-    """Return the share of the relevant sentences among the first `k` hits, without the query itself; 0 to 1."""
-    first = [hit.sentence for hit in hits if hit.sentence != query][:k]
-    return len(relevant.intersection(first)) / len(relevant)
+    """Return the share of the relevant sentences among the first `k` found, without the query itself; 0 to 1."""
+    found = dict.fromkeys(row["sentence"] for hit in hits for row in hit.rows)
+    found.pop(query, None)
+    return len(relevant.intersection(list(found)[:k])) / len(relevant)
