@@ -322,6 +322,18 @@ def test_where_a_start_was_made_here_no_label_went_into_it(server, run):
     assert "Merged with its start: weights 0.75 x start + 0.25 x student, which was the best on the dev set" in text
 
 
+def test_labels_that_came_after_the_run_are_known(server, run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    del recipe["run_transencoder"]["dev"], recipe["run_transencoder"]["tasks"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_json(run / "results.json", {"verdict": "VERDICT worse: bi-encoder -3.00", "word": "worse"})
+    assert push(run)
+    bi = server.repos["acme/tiny-bi"]
+    assert bi.at("main").files == bi.at("cycle-0").files
+    assert push(run, dataclasses.replace(TARGET, push_worse=True))
+    assert first_line(bi.at("main").files) == "VERDICT worse: bi-encoder -3.00"
+
+
 # --- what goes wrong costs nothing -----------------------------------------------------------------------------------
 
 ALWAYS = float("inf")

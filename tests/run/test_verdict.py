@@ -1,6 +1,7 @@
 """The verdict: its bootstrap by hand and against a naive one, its words, and the pairs that it asks labels for."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -172,6 +173,28 @@ def test_the_start_that_stays_the_best_is_the_same(measured):
         write_measured(layout.cycle(cycle), [str(measured / name) for name in names], tasks, scores)
     line = judge(measured, collect_rounds(measured)).line
     assert line == "VERDICT same: bi-encoder +0.00 (95 % +0.00 ... +0.00) on mine; the start stays the best"
+
+
+def test_without_a_test_set_the_verdict_is_on_dev_and_says_so(measured):
+    layout = Layout(measured)
+    recipe = yaml.safe_load(layout.recipe.read_text())
+    del recipe["run_transencoder"]["tasks"]
+    layout.recipe.write_text(yaml.safe_dump(recipe))
+    for cycle in (0, 1):
+        entries = json.loads(layout.results(cycle).read_text())
+        layout.results(cycle).write_text(json.dumps([entry for entry in entries if entry["split"] == "dev"]))
+    line = judge(measured, collect_rounds(measured)).line
+    assert line.startswith("VERDICT better: bi-encoder +")
+    assert line.endswith(") on mine.dev (dev, on which the best was chosen: there is no test set)")
+
+
+def test_runs_of_several_seeds_each_have_their_verdict(measured, run_script, tmp_path):
+    shutil.copytree(measured, tmp_path / "other")
+    result = run_script("summarize_run.py", measured, tmp_path / "other", "--output", tmp_path / "table.md")
+    assert result.returncode == 0, result.stderr
+    line = judge(measured, collect_rounds(measured)).line
+    text = (tmp_path / "table.md").read_text()
+    assert all(f"{name}: {line}" in said for name in ("run", "other") for said in (text, result.stdout))
 
 
 # --- without labels --------------------------------------------------------------------------------------------------
