@@ -51,8 +51,8 @@ def pairs_of(table: datasets.Dataset) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Files are read 64 characters at a time."""
-    monkeypatch.setattr(table_files, "BLOCK_CHARACTERS", 64)
+    """Files are read three rows at a time."""
+    monkeypatch.setattr(table_files, "BLOCK_ROWS", 3)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import itertools
 import json
 import os
 import re
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,7 @@ FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
 NUMBERS = ("score", "label")  # our names of columns that hold numbers
 KEPT = "kept "  # begins our names of columns that are only carried along, as text
 ROW = "row"  # our name of the column with the rows' numbers, which no file has
-BLOCK_CHARACTERS = 4 << 20
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 8192
 LONGEST_CELL = 1 << 26  # characters; beyond it, a quote was not closed
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n?')  # as Excel writes it above the header
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that begins with one of these
@@ -41,7 +41,7 @@ class Block(NamedTuple):
     """
 
     batch: pa.RecordBatch
-    numbers: list[int] | range
+    numbers: Sequence[int]
     problems: dict[int, str]
 
 
@@ -132,19 +132,18 @@ def _lines(source: str) -> Iterator[str]:
 def _text_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
     """Yield a sentence, or `sentence1||sentence2`, a line. Blank lines at the end are none."""
     blank: list[str] = []
-    for number, line in enumerate(map(_without_end, _lines(source)), start=1):
+    for number, line in enumerate(_lines(source), start=1):
+        line = line.rstrip("\r\n")
         if not line.strip():
             blank.append(line)
             continue
         for place, text in enumerate([*blank, line], start=number - len(blank)):
             fields = [text] if len(wanted) == 1 else text.split(PAIR_SEPARATOR)
-            found = f"expected {PAIR_SEPARATOR.join(wanted)}, found {len(fields)} field(s)"
-            yield place, fields if len(fields) == len(wanted) else found
+            if len(fields) != len(wanted):
+                yield place, f"expected {PAIR_SEPARATOR.join(wanted)}, found {len(fields)} field(s)"
+            else:
+                yield place, fields
         blank.clear()
-
-
-def _without_end(line: str) -> str:
-    return line.rstrip("\r\n")
 
 
 def _table(source: str) -> tuple[list[str], Iterator[list[str]]]:
@@ -179,8 +178,10 @@ def _table_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iter
             raise InputError(
                 f"{source}: row {number}: a quote that is not closed, or that should be doubled ({error})"
             ) from error
-        wrong = f"expected {len(header)} columns, found {len(fields)}"
-        yield number, [fields[place] for place in places] if len(fields) == len(header) else wrong
+        if len(fields) != len(header):
+            yield number, f"expected {len(header)} columns, found {len(fields)}"
+        else:
+            yield number, [fields[place] for place in places]
 
 
 def _first_keys(source: str) -> list[str]:
@@ -212,7 +213,7 @@ def _json_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Itera
             continue
         try:
             yield number, [_json_value(name, row.get(key)) for name, key in zip(wanted, theirs, strict=True)]
-        except (ValueError, OverflowError) as error:
+        except ValueError as error:
             yield number, str(error)
 
 
@@ -226,30 +227,18 @@ def _json_value(name: str, value: Any) -> Any:
         raise ValueError(f"{name} is not a string")
     if not isinstance(value, int | float) or (isinstance(value, bool) and name != "label"):
         raise ValueError(f"{name} {value!r:.60} is not a number")
-    return float(value) if abs(value) < 1e308 else float("inf")
+    return float(value) if abs(value) <= sys.float_info.max else float("inf")
 
 
 def _in_blocks(rows: Iterator[tuple[int, Row]], names: tuple[str, ...]) -> Iterator[Block]:
-    """Put rows together to blocks of `BLOCK_ROWS`, or fewer if they are long."""
-    numbers: list[int] = []
-    found: list[Row] = []
-    size = 0
-    for number, row in rows:
-        numbers.append(number)
-        found.append(row)
-        size += sum(len(value) for value in row if isinstance(value, str))
-        if size > BLOCK_CHARACTERS or len(found) == BLOCK_ROWS:
-            yield _block(found, numbers, names)
-            numbers, found, size = [], [], 0
-    if found:
-        yield _block(found, numbers, names)
-
-
-def _block(rows: list[Row], numbers: list[int], names: tuple[str, ...]) -> Block:
-    problems = {place: row for place, row in enumerate(rows) if isinstance(row, str)}
-    columns = zip(*([None] * len(names) if isinstance(row, str) else row for row in rows), strict=True)
-    arrays = [_array(name, list(values), problems) for name, values in zip(names, columns, strict=True)]
-    return Block(pa.record_batch(arrays, names=list(names)), numbers, problems)
+    while chunk := list(itertools.islice(rows, BLOCK_ROWS)):
+        numbers, found = zip(*chunk, strict=True)
+        problems = {place: row for place, row in enumerate(found) if isinstance(row, str)}
+        if problems:
+            found = [[None] * len(names) if isinstance(row, str) else row for row in found]
+        columns = zip(names, zip(*found, strict=True), strict=True)
+        arrays = [_array(name, list(values), problems) for name, values in columns]
+        yield Block(pa.record_batch(arrays, names=list(names)), numbers, problems)
 
 
 def _array(name: str, values: list[Any], problems: dict[int, str]) -> pa.Array:
