@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 from transencoder.config.parsing import StageParser
-from transencoder.errors import one_line_errors
+from transencoder.errors import InputError, one_line_errors
 from transencoder.evaluation import origin
 from transencoder.run.layout import SEARCH_FILE, Layout
 from transencoder.run.summary import Round, below_start, collect_rounds, keep_best, plot_progress, summary_table
@@ -77,6 +77,8 @@ def write_summary(run: Path, rounds: list[Round], tasks: list[str] | None) -> No
 def main() -> None:
     arguments = parse()
     runs = arguments.runs
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise InputError(f"{' '.join(map(str, runs))}: give each run once")
     collected = [collect_rounds(run) for run in runs]
     if len(runs) == 1:
         return write_summary(runs[0], collected[0], arguments.tasks)

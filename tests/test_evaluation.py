@@ -201,16 +201,27 @@ def test_the_results_table_shows_primary_metrics_and_their_mean():
         entry(["a"], "stsb", "spearman", 80.126),
         entry(["a"], "stsb", "pearson", 1.0),
         entry(["a"], "stsb", "spearman", 70.0, split="dev"),
-        entry(["a"], "qqp", "auc", 60.0),
+        entry(["a"], "sickr", "spearman", 60.0),
         entry(["b", "c"], "stsb", "spearman", 50.0),
-        entry(["b", "c"], "qqp", "auc", 40.0),
+        entry(["b", "c"], "sickr", "spearman", 40.0),
     ]
     assert results_table(results).splitlines() == [
-        "| encoder | stsb | stsb.dev | qqp | mean |",
+        "| encoder | stsb | stsb.dev | sickr | mean |",
         "| :--- | ---: | ---: | ---: | ---: |",
         "| a | 80.13 | 70.00 | 60.00 | 70.04 |",
         "| b + c | 50.00 | - | 40.00 | 45.00 |",
     ]
+
+
+def test_two_metrics_have_no_mean(tmp_path):
+    results = [entry(["a"], "stsb", "spearman", 80.0), entry(["a"], "stsb", "pearson", 1.0)]
+    results.append(entry(["a"], "qqp", "auc", 60.0))
+    lines = results_table(results, "simcse-bert-base/self").splitlines()
+    assert lines[0] == "| encoder | stsb | qqp |" and lines[2] == "| a | 80.00 | 60.00 |"
+    rounds = collect_rounds(make_run(tmp_path, ["bert"], ONE))
+    for round_ in rounds:
+        round_.entries = [e | {"metric": "auc"} if e["task"] == "sickr" else e for e in round_.entries]
+    assert summary_table([rounds]).splitlines()[0] == "| encoder | stsb.dev | stsb | sickr |"
 
 
 def test_a_value_that_is_not_defined_is_a_dash_and_no_part_of_the_mean():

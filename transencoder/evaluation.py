@@ -241,6 +241,7 @@ def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tupl
     """
     shown = [entry for entry in results if entry["metric"] in PRIMARY]
     titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
+    averaged = have_a_mean(shown, titles)
     rows: dict[str, dict[str, float | None]] = {}
     fewest = min((len(entry["encoders"]) for entry in shown), default=0)
     kinds = {" + ".join(entry["encoders"]): entry["kind"] for entry in shown if len(entry["encoders"]) == fewest}
@@ -250,25 +251,31 @@ def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tupl
     for name, values in rows.items():
         known = [value for value in values.values() if value is not None]
         body.append([name, *(shown_value(values.get(title)) for title in titles)])
-        body[-1] += [shown_value(float(np.mean(known)) if known else None)] if len(titles) > 1 else []
-        body += paper_rows(row_of(paper, kinds[name]), titles) if paper and name in kinds else []
-    return ["encoder", *titles, *(["mean"] if len(titles) > 1 else [])], body
+        body[-1] += [shown_value(float(np.mean(known)) if known else None)] if averaged else []
+        body += paper_rows(row_of(paper, kinds[name]), titles, titles, averaged) if paper and name in kinds else []
+    return ["encoder", *titles, *(["mean"] if averaged else [])], body
 
 
-def paper_rows(row: str, titles: list[str], tests: list[str] | None = None) -> list[list[str]]:
+def have_a_mean(entries: list[dict[str, Any]], tests: list[str]) -> bool:
+    """Return whether there are several sets, all measured by one metric: AUC and Spearman's rho have no mean."""
+    shown = [entry["metric"] for entry in entries if title(entry["task"], entry["split"]) in tests]
+    return len(tests) > 1 and len(PRIMARY.intersection(shown)) == 1
+
+
+def paper_rows(row: str, titles: list[str], tests: list[str], averaged: bool) -> list[list[str]]:
     """Return the paper's row for a table, or no row if it has no figure for any of these sets.
 
     Args:
         row: as `paper.published` takes it.
         titles: of the table's columns.
-        tests: those among them that the last column is the mean of; all by default.
+        tests: those among them whose mean is the last column.
+        averaged: whether there is such a column.
     """
-    tests = titles if tests is None else tests
     *values, mean = published_values(row, tests)
     if mean is None and not any(values):
         return []
     known = dict(zip(tests, values, strict=True))
-    cells = [shown_value(known.get(title)) for title in titles] + ([shown_value(mean)] if len(tests) > 1 else [])
+    cells = [shown_value(known.get(title)) for title in titles] + ([shown_value(mean)] if averaged else [])
     return [[f"paper: {row}", *cells]]
 
 

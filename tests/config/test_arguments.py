@@ -53,6 +53,16 @@ def test_command_line_goes_before_the_script_section_before_common_before_the_de
     assert parse_stage("distill_bi2cross", argv=[f"--recipe={path}", "--eval_steps=6", *CROSS]) == arguments
 
 
+def test_a_path_in_the_home_folder_may_be_written_with_a_tilde(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = recipe('evaluate_encoders: {encoders: ["~/bi", "a~/b"], tasks: ["g=~/g.tsv"]}\n')
+    arguments = parse_stage("evaluate_encoders", argv=["--recipe", path, "--output_dir=~/out"])
+    assert arguments.encoders == ["/home/me/bi", "a~/b"] and arguments.tasks == ["g=/home/me/g.tsv"]
+    assert arguments.output_dir == "/home/me/out"
+    words = ["--sentences", "~/s.txt", "~x", "--model_name_or_path", "bert", "--output_dir", "o"]
+    assert parse_stage("train_contrastive", argv=words).sentences == ["/home/me/s.txt", "~x"]
+
+
 def test_a_list_on_the_command_line_replaces_the_recipes(recipe):
     path = recipe("score_pairs: {encoders: [a, b], pairs: [p, q], output: o}\n")
     arguments = parse_stage("score_pairs", argv=["--recipe", path, "--encoders", "c"])

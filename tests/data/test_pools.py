@@ -137,6 +137,17 @@ def test_only_where_the_order_means_nothing_pairs_are_turned_round():
             refused()
 
 
+def test_a_change_of_a_file_is_noticed_whatever_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [tmp_path / "date=2024-05-01" / "p.tsv", tmp_path / "lr=3e-5" / "model", tmp_path / "a=b.tsv"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    words = [str(paths[0]), "lr=3e-5/model", "mine=lr=3e-5/model", f"mine={paths[2]}", "a=b.tsv"]
+    found = [path for path in input_files(naming(words, None)) if path.exists()]
+    assert [path.resolve() for path in found] == [paths[0], paths[1], paths[1], paths[2], paths[2]]
+
+
 def test_a_change_of_a_pools_file_is_noticed(data_dir):
     names = {
         path.name

@@ -201,7 +201,9 @@ def test_without_any_labels_nothing_is_measured_and_the_last_models_are_kept(rec
     assert not (run / "best").exists() and (run / "to_label.tsv").exists()
     nothing = "Nothing was measured"
     assert nothing in (run / "results.md").read_text() and not (run / "progress.png").exists()
-    summarize(run, run, "--output", tmp_path / "several.md")
+    assert "give each run once" in summarize(run, run)
+    shutil.copytree(run, tmp_path / "other")
+    summarize(run, tmp_path / "other", "--output", tmp_path / "several.md")
     assert nothing in (tmp_path / "several.md").read_text()
     (run / "cycle-1/bi-encoder/two/run.json").unlink()
     assert "has not finished there" in summarize(run)
@@ -330,7 +332,7 @@ def test_several_seeds_are_several_runs(recipe, tmp_path):
     for seed, half in ((3, commands[: len(commands) // 2]), (5, commands[len(commands) // 2 :])):
         alone = drive(*words[:3], tmp_path / "run" / f"seed-{seed}", "--dry_run", "--seed", seed)
         assert half == [line.replace("launch", "launch --cpu", 1) for line in alone.stdout.splitlines()]
-    for bad in (["--seeds", 1], ["--seeds", 1, 2, "--seed", 3], ["--seeds", 1, "x"]):
+    for bad in (["--seeds", 1], ["--seeds", 1, 1], ["--seeds", 1, 2, "--seed", 3], ["--seeds", 1, "x"]):
         refusal = drive(*words, *bad)
         assert refusal.returncode == 2 and len(refusal.stderr.splitlines()) == 1, refusal.stderr
 

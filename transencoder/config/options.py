@@ -1,6 +1,8 @@
 """How an option is written, the form of a registry, and the options that several scripts share."""
 
 import dataclasses
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -66,6 +68,11 @@ def check_keep(keep: list[str] | None, taken: tuple[str, ...]) -> None:
     """Raise `InputError` if a column that is kept has the name of one that the results have anyway."""
     if both := sorted({*(keep or [])} & {*taken}):
         raise InputError(f"--keep {both[0]}: the results have such a column anyway; rename the file's")
+
+
+def with_home(word: str) -> str:
+    """Return "/home/me/a.tsv" for "~/a.tsv", in NAME=~/a.tsv too, where no shell does that."""
+    return re.sub(r"^([\w.-]+=)?~(?=/)", lambda found: (found[1] or "") + os.path.expanduser("~"), word)
 
 
 @dataclass

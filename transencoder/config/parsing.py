@@ -11,7 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from transencoder.config.options import Choice, is_text
+from transencoder.config.options import Choice, is_text, with_home
 from transencoder.config.recipes import as_options, read_recipe
 from transencoder.config.stages import STAGES
 from transencoder.errors import InputError, one_line_errors, report_and_exit
@@ -109,10 +109,11 @@ class StageParser(HfArgumentParser):
 
     def parse_known_args(self, args: list[str] | None = None, namespace: Namespace | None = None) -> Any:
         """Parse as argparse does, but refuse words that are not UTF-8: run.json could not hold them."""
-        for word in sys.argv[1:] if args is None else args:
+        words = [with_home(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in words:
             if not is_text(word):
                 self.error(f"{word}: not UTF-8 text; rename the file")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
 
 def parse_stage(stage: str, description: str | None = None, argv: list[str] | None = None) -> Any:

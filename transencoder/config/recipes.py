@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from transencoder.config.options import is_text
+from transencoder.config.options import is_text, with_home
 from transencoder.config.stages import STAGES
 from transencoder.errors import InputError
 
@@ -30,11 +30,11 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        """Return the text of a scalar, if it can be written as UTF-8."""
+        """Return the text of a scalar, if it can be written as UTF-8, with the path of ~/."""
         text = super().construct_scalar(node)
         if not is_text(text):
             raise yaml.YAMLError(f"{text!r} is not UTF-8 text")
-        return text
+        return with_home(text)
 
 
 def _written_out(node: yaml.Node, sizes: dict[int, float]) -> float:

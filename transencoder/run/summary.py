@@ -12,7 +12,7 @@ from transencoder.config.recipes import read_recipe
 from transencoder.data.paper import row_of
 from transencoder.data.tasks import title
 from transencoder.errors import InputError
-from transencoder.evaluation import PRIMARY, markdown_table, paper_rows
+from transencoder.evaluation import PRIMARY, have_a_mean, markdown_table, paper_rows
 from transencoder.run.completion import is_complete, stopped_before
 from transencoder.run.layout import Layout, encoder_place
 from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
@@ -159,16 +159,17 @@ def summary_table(runs: list[list[Round]]) -> str:
     if len(shapes) > 1:
         raise InputError("these runs differ in more than their seed: not the same encoders measured on the same sets")
     names, tests = list(runs[0][0].values), tests_of(runs[0])
+    averaged = have_a_mean([entry for r in runs[0] for entry in r.entries], tests)
     several = len({r.student for r in runs[0]}) > 1
     rows = []
     for same in zip(*runs, strict=True):
         columns = [[r.values[name] for r in same] for name in names]
-        if len(tests) > 1:
+        if averaged:
             columns.append([float(np.mean([r.values[name] for name in tests])) for r in same])
         label = f"{same[0].step} ({same[0].student})" if several else same[0].step
         rows.append([label, *map(_mean_and_deviation, columns)])
-        rows += paper_rows(same[0].paper, names, tests) if same[0].paper else []
-    return markdown_table(["encoder", *names, *(["mean of tests"] if len(tests) > 1 else [])], rows)
+        rows += paper_rows(same[0].paper, names, tests, averaged) if same[0].paper else []
+    return markdown_table(["encoder", *names, *(["mean of tests"] if averaged else [])], rows)
 
 
 def _mean_and_deviation(values: list[float]) -> str:
