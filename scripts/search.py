@@ -25,7 +25,9 @@ from transencoder.errors import InputError, one_line_errors, printable
 from transencoder.inference import Inference
 from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
+from transencoder.run.layout import SEARCH_FILE
 from transencoder.runtime.accelerator import log, progress_bar, start
+from transencoder.runtime.files import read_json
 from transencoder.runtime.optional import load_optional
 from transencoder.search.index import (
     Hit,
@@ -44,9 +46,26 @@ from transencoder.search.neighbours import LexicalIndex
 SHOWN = ("sentence", "file", "score", "bi_encoder", "cross_encoder", "alike")
 
 
+def rank_by(arguments: SearchArguments) -> str:
+    """What is asked for, else what a run measured to be best. --relevant compares, and so re-ranks in any case."""
+    if not arguments.cross_encoder:
+        return "bi"
+    path = Path(arguments.cross_encoder).parent / SEARCH_FILE
+    if arguments.rank_by or arguments.relevant or not path.is_file():
+        return arguments.rank_by or "mean"
+    try:
+        advice = read_json(path)
+        if advice["rank_by"] in ("bi", "cross", "mean"):
+            log(f"Ranked by {advice['rank_by']}, as {path} says: {advice['why']} (--rank_by chooses another way)")
+            return advice["rank_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: not what summarize_run.py writes; delete it, or give --rank_by")
+
+
 def open_searcher(arguments: SearchArguments) -> Searcher:
     """Check everything, bring the index up to date, load the models."""
-    options, keep = model_options(arguments), arguments.keep or []
+    options, keep, by = model_options(arguments), arguments.keep or [], rank_by(arguments)
     check_bi_encoder(arguments.bi_encoder, options)
     if arguments.cross_encoder:
         check_cross_encoder(arguments.cross_encoder, "--cross_encoder", options)
@@ -65,9 +84,9 @@ def open_searcher(arguments: SearchArguments) -> Searcher:
     if len(fresh):
         index = add_sentences(folder, index, fresh, bi_encoder, arguments, inference)
         log(f"{folder}: {len(index)} sentences, {len(fresh)} of them new")
-    cross_encoder = inference.load(arguments.cross_encoder, options) if arguments.cross_encoder else None
+    cross_encoder = inference.load(arguments.cross_encoder, options) if by != "bi" else None
     words = LexicalIndex(index.sentences["sentence"].to_pylist()) if arguments.hybrid else None
-    return Searcher(index, bi_encoder, cross_encoder, inference, arguments.candidates, words)
+    return Searcher(index, bi_encoder, cross_encoder, inference, arguments.candidates, words, by == "mean")
 
 
 def queries_in(arguments: SearchArguments) -> list[str]:

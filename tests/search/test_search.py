@@ -53,6 +53,39 @@ def test_results_are_those_of_scoring_everything(words, bi_encoder, cross_encode
     assert [hit["row"] for hit in line["hits"]] == [row + 1 for row in best]
 
 
+def test_the_order_is_by_what_a_run_measured_to_be_best_unless_asked(words, cross_encoder, tmp_path, run_script):
+    best = tmp_path / "best"
+    shutil.copytree(cross_encoder, best / "cross-encoder")
+    given = [*words, "--cross_encoder", best / "cross-encoder", "--query", "change my card", "--top_k", 8]
+
+    def search(*more):
+        result = run_script("search.py", *given, *more, "--output", tmp_path / "found.jsonl")
+        if result.returncode:
+            return result.stderr
+        (line,) = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+        return (
+            [hit["score"] for hit in line["hits"]],
+            [hit.get("cross_encoder") for hit in line["hits"]],
+            result.stderr,
+        )
+
+    score, cross, _ = search("--sentences", tmp_path / "sentences.txt")
+    assert score != cross and None not in cross  # the mean
+    (best / "search.json").write_text(json.dumps({"rank_by": "bi", "why": "re-ranking was not better"}))
+    _, cross, said = search()
+    assert cross == [None] * 8 and "Ranked by bi, as " in said and "re-ranking was not better" in said
+    assert search("--rank_by", "mean")[:2][0] == score
+    (best / "search.json").write_text(json.dumps({"rank_by": "cross", "why": "it was better"}))
+    score, cross, _ = search()
+    assert score == cross == sorted(cross, reverse=True)
+    assert search("--relevant", tmp_path / "none.tsv").startswith("search.py: error: ")  # which is read before
+    (best / "search.json").write_text("[]")
+    assert "search.json: not what summarize_run.py writes" in search()
+    alone = [word for word in words if word not in ("--cross_encoder", cross_encoder)]
+    result = run_script("search.py", *alone, "--query", "q", "--rank_by", "mean")
+    assert result.returncode == 2 and "--rank_by mean: needs --cross_encoder" in result.stderr
+
+
 def test_an_index_is_made_once_and_gets_what_is_new(words, tmp_path, run_script, monkeypatch):
     made = run_script("search.py", *words, "--sentences", tmp_path / "sentences.txt", "--query", "cancel my plan")
     assert made.returncode == 0 and "40 sentences, 40 of them new" in made.stderr

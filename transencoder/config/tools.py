@@ -1,7 +1,7 @@
 """Options of the scripts that use trained models: no recipe, no folder of results."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transencoder.config.options import (
     CommonArguments,
@@ -56,6 +56,11 @@ class SearchArguments(ToolArguments):
         None,
         limits=(1, None),
     )
+    rank_by: Literal["bi", "cross", "mean"] | None = option(
+        "Score that orders the results: the bi-encoder's, the cross-encoder's, or the mean. Default: what the run of "
+        "the cross-encoder measured to be best (search.json beside its folder), else the mean.",
+        None,
+    )
     hybrid: bool = option(
         "Retrieve by words, too (BM25), and fuse both by their ranks; finds names and numbers.", False
     )
@@ -66,6 +71,8 @@ class SearchArguments(ToolArguments):
         self.candidates = self.candidates or max(50, self.top_k)
         if self.candidates < self.top_k:
             raise InputError(f"--candidates {self.candidates}: fewer than --top_k {self.top_k}")
+        if self.rank_by in ("cross", "mean") and not self.cross_encoder:
+            raise InputError(f"--rank_by {self.rank_by}: needs --cross_encoder")
 
 
 @dataclass

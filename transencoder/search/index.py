@@ -228,6 +228,7 @@ class Searcher:
     """Retrieve, and re-rank if there is a cross-encoder.
 
     Args:
+        by_mean: re-rank by the mean of both encoders, not by the cross-encoder alone.
         words: finds by words, too; None for the bi-encoder alone.
         candidates: results that are retrieved.
     """
@@ -238,6 +239,7 @@ class Searcher:
     inference: Inference
     candidates: int
     words: LexicalIndex | None = None
+    by_mean: bool = True
 
     def search(self, query: str) -> tuple[list[Hit], list[Hit], dict[str, float]]:
         """Find the best sentences for a query, and note how long it took.
@@ -253,10 +255,10 @@ class Searcher:
         started = time.perf_counter()
         texts = [hit.sentence for hit in retrieved]
         scores = score_texts(self.cross_encoder, [query] * len(texts), texts, self.inference).tolist()
-        # The mean of both encoders is better than either, an ensemble; but it takes scores that are on one scale.
-        on_one_scale = self.bi_encoder.similarity == "cosine" and self.cross_encoder.is_bounded
+        # The mean of both encoders is an ensemble, which most often is better than either; but it takes one scale.
+        mean = self.by_mean and self.bi_encoder.similarity == "cosine" and self.cross_encoder.is_bounded
         reranked = [
-            Hit(hit.rows, (cross + hit.bi_encoder) / 2 if on_one_scale else cross, hit.bi_encoder, cross)
+            Hit(hit.rows, (cross + hit.bi_encoder) / 2 if mean else cross, hit.bi_encoder, cross)
             for hit, cross in zip(retrieved, scores, strict=True)
         ]
         reranked.sort(key=lambda hit: -hit.score)
