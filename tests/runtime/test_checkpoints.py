@@ -179,11 +179,11 @@ def test_scoring_goes_on_at_the_part_it_was_in(tiny_bert, corpus, tmp_path):
     assert finish(start(*given("whole.parquet")))[0] == 0
     parts = tmp_path / ".killed.parquet.parts"
     process = start(*given("killed.parquet"))
-    wait_for(process, lambda: len(list(parts.glob("*.npy"))) >= 5)
+    wait_for(process, lambda: len(list(parts.glob("*.npz"))) >= 5)
     kill_all(process)
-    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
     assert len(done) >= 5 and not (tmp_path / "killed.parquet").exists()
-    damaged = min(parts.glob("*.npy"))
+    damaged = min(parts.glob("*.npz"))
     damaged.write_bytes(damaged.read_bytes()[:-3])
     code, error = finish(start(*given("killed.parquet")))
     assert code == 0 and "shards are done" in error and f"{damaged.name} is damaged" in error, error

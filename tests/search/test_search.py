@@ -168,6 +168,15 @@ def test_an_index_of_another_model_and_a_damaged_one_are_refused(words, bi_encod
     assert "not an index that search.py made" in run_script("search.py", *given).stderr
     shutil.rmtree(tmp_path / "index")
     assert run_script("search.py", *given).returncode == 0
+    for name in ("index.faiss", "sentences.arrow"):
+        whole = bytearray((tmp_path / "index" / name).read_bytes())
+        whole[-200] ^= 1
+        (tmp_path / "index" / name).write_bytes(whole)
+        flipped = run_script("search.py", *given[:-4], "--query", "q")
+        assert flipped.returncode == 2 and "damaged; delete it" in flipped.stderr
+        whole[-200] ^= 1
+        (tmp_path / "index" / name).write_bytes(whole)
+    assert run_script("search.py", *given[:-4], "--query", "q").returncode == 0
     (tmp_path / "index" / "index.faiss").write_bytes(b"IxFI")
     damaged = run_script("search.py", *given)
     assert damaged.returncode == 2 and "damaged; delete it" in damaged.stderr

@@ -1,11 +1,13 @@
 """The shards that a long scoring has done so far, on disk: after a crash or a signal it goes on from there.
 
 .OUTPUT.parquet.parts/metadata.json              whose shards these are
-.OUTPUT.parquet.parts/encoder-0.part-3.npy    the encoder's outputs for the fourth `rows` inputs
+.OUTPUT.parquet.parts/encoder-0.part-3.npz    the encoder's outputs for the fourth `rows` inputs
 """
 
 import json
 import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Shards:
                 self.folder.mkdir(parents=True)
             write_json(self.folder / METADATA_FILE, metadata)
         accelerator.wait_for_everyone()
-        done = sum(1 for _ in self.folder.glob("*.npy"))
+        done = sum(1 for _ in self.folder.glob("*.npz"))
         if done:
             log(f"going on from {self.folder}: {done} shards are done")
 
@@ -55,10 +57,10 @@ class Shards:
         """Load a shard: float32 [rows] or [rows, d]; None if there is none, or it is damaged."""
         path = self._path(name, number)
         try:
-            shard = np.load(path)
+            shard = _read(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError):
             shard = np.empty(0)
         if len(shard) == rows:
             return shard
@@ -69,7 +71,12 @@ class Shards:
         """Keep a shard, from the first process."""
         if self.accelerator.is_main_process:
             with replacing(self._path(name, number)) as temporary:
-                np.save(temporary, shard)
+                np.savez(temporary, shard)  # a ZIP file, which has a checksum
+
+    def all_of(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the shards that have been loaded or saved under names that begin with `name`."""
+        for path in sorted(self.folder.glob(f"{name}*.npz")):
+            yield _read(path)
 
     def remove(self) -> None:
         """Delete the shards once the output is there, and give its lock back."""
@@ -78,7 +85,12 @@ class Shards:
             unlock(self.output)
 
     def _path(self, name: str, number: int) -> Path:
-        return self.folder / f"{name}.part-{number}.npy"
+        return self.folder / f"{name}.part-{number}.npz"
+
+
+def _read(path: Path) -> np.ndarray:
+    with np.load(path) as file:
+        return file["arr_0"]
 
 
 def remove_shards(output: Path) -> None:

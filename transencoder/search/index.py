@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from pyarrow import feather
 
 from transencoder.config.tools import SearchArguments, ToolArguments
+from transencoder.data.cache import checksum
 from transencoder.data.tables import SENTENCES, blocks, content_checksum, first_rows, without_repeats
 from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed, embed_texts, similarities
@@ -153,10 +154,18 @@ def load_index(folder: Path) -> SentenceIndex:
     """Open an index: vectors in clusters and sentences stay on disk."""
     faiss = load_optional("faiss")
     try:
-        vectors = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP)
-        return SentenceIndex(vectors, feather.read_table(folder / SENTENCES_FILE, memory_map=True))
+        whole = read_json(folder / METADATA_FILE).get("checksum") in (None, _checksum(folder))  # older ones have none
+        if whole:
+            vectors = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP)
+            return SentenceIndex(vectors, feather.read_table(folder / SENTENCES_FILE, memory_map=True))
+        reason = None
     except (RuntimeError, OSError, pa.ArrowException) as error:
-        raise InputError(f"--index {folder}: damaged; delete it and make it again from --sentences") from error
+        reason = error
+    raise InputError(f"--index {folder}: damaged; delete it and make it again from --sentences") from reason
+
+
+def _checksum(folder: Path) -> str:
+    return checksum(folder / INDEX_FILE, folder / SENTENCES_FILE)
 
 
 def new_rows(found: SentenceIndex | None, rows: datasets.Dataset, keep: list[str]) -> datasets.Dataset:
@@ -196,7 +205,8 @@ def add_sentences(
         temporary.mkdir()
         faiss.write_index(index, str(temporary / INDEX_FILE))
         feather.write_feather(table, str(temporary / SENTENCES_FILE), compression="uncompressed")
-        write_json(temporary / METADATA_FILE, {**metadata, "sentences": len(table)})
+        sums = {"sentences": len(table), "checksum": _checksum(temporary)}
+        write_json(temporary / METADATA_FILE, {**metadata, **sums})
     shards.remove()
     return load_index(folder)
 

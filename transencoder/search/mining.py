@@ -172,8 +172,7 @@ class Miner:
     def _drawn_keys(self, number: int) -> np.ndarray:
         """Return the distinct keys of what a source has drawn, ascending; int64 [pairs]."""
         found = []
-        for path in sorted(self.shards.folder.glob(f"drawn-{number}-*.npy")):
-            block = np.load(path)
+        for block in self.shards.all_of(f"drawn-{number}-"):
             rows, neighbours = np.broadcast_arrays(block[:, :1], block[:, 1:])
             there = neighbours >= 0
             found.append(self.sides.keys(rows[there], neighbours[there]))
