@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from transencoder.errors import one_line_errors
 from transencoder.model_checks import check_bi_encoder
-from transencoder.search.mining import mine_to_file
+from transencoder.search.mining import mine_to_file, picture_of
 from transencoder.search.mix import parse_mix, read_sides, wanted_pairs
 from transencoder.stage import FileStage
 
@@ -31,6 +31,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = stage.arguments
     sources = parse_mix(arguments.mix)
     stage.start("pairs")
+    picture_of(arguments)
 
     for name in arguments.encoders:
         check_bi_encoder(name, stage.options)

@@ -279,6 +279,9 @@ def test_two_sides_pair_a_sentence_of_each(bi_encoder, tmp_path, run_script):
         ("one\ntwo\nthree\n", [], "there is no neighbour of rank 4 among 2 sentences"),
         ("one\ntwo\n", ["--mix", "nearby=1"], "--mix nearby=1"),
         ("one\ntwo\n", ["--num_pairs", "0"], "--num_pairs 0"),
+        ("one\ntwo\n", ["--mix", "random=1", "--histogram", __file__], "exists and is no PNG"),
+        ("one\ntwo\n", ["--mix", "random=1", "--histogram", "/dev"], "--histogram /dev: a folder"),
+        ("one\ntwo\n", ["--mix", "random=1", "--histogram", f"{__file__}/a.png"], "--histogram"),
         ("one\ntwo\n", ["--output", "out.txt"], "out.txt: must be the name of a .parquet file"),
     ],
 )

@@ -84,11 +84,18 @@ def check_rows_output(path: Path, begins: dict[str, str], inputs: list[str] | No
 def _check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix not in suffixes or path.is_dir():
         raise InputError(f"--output {path}: must be the name of a {' or '.join(suffixes)} file")
+    check_place(path, "--output")
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise `InputError` if no file can be written at `path`, before there is anything to lose; make its folder."""
+    if path.is_dir():
+        raise InputError(f"{option} {path}: a folder, where a file belongs")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        where = f"--output {path}"
+        where = f"{option} {path}"
         raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
 
 

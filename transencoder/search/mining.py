@@ -13,7 +13,7 @@ import pyarrow as pa
 from accelerate import Accelerator
 
 from transencoder.config.arguments import MiningArguments
-from transencoder.data.scores import write_tables
+from transencoder.data.scores import check_place, write_tables
 from transencoder.data.tables import PAIRS, SENTENCES, content_checksum
 from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
@@ -249,11 +249,20 @@ def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.T
         yield pa.table(columns, names=[*PAIRS, "source", "similarity"]).filter(pa.array(different))
 
 
+def picture_of(arguments: MiningArguments) -> Path:
+    """Return where the picture goes; raise `InputError` if it cannot be written, or would replace another file."""
+    picture = Path(arguments.histogram or Path(arguments.output).with_suffix(".png"))
+    check_place(picture, "--histogram")
+    if picture.exists() and not picture.read_bytes().startswith(b"\x89PNG"):
+        raise InputError(f"--histogram {picture}: exists and is no PNG; choose another name")
+    return picture
+
+
 def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelerator, metadata: dict) -> None:
     """Mine, and write the pairs and the picture from the first process; all processes encode.
 
     Raises:
-        InputError: as `parse_mix`, `wanted_pairs` and `load_optional`, or no pair was found.
+        InputError: as `parse_mix`, `wanted_pairs`, `load_optional` and `picture_of`, or no pair was found.
     """
     output = Path(arguments.output)
     sources = parse_mix(arguments.mix)
@@ -283,7 +292,7 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
     def blocks_and_picture() -> Iterator[pa.Table]:
         yield from mined_blocks(miner, sum(wanted), counts)
         # The pairs, whose appearance says that all is done, come last.
-        plot_similarities(Path(arguments.histogram or output.with_suffix(".png")), sources, counts)
+        plot_similarities(picture_of(arguments), sources, counts)
 
     rows = write_tables(output, blocks_and_picture(), metadata)
     shards.remove()
