@@ -6,7 +6,6 @@ python scripts/find_duplicates.py --bi_encoder runs/mine/best/bi-encoder --cross
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
@@ -25,6 +24,7 @@ from transencoder.model_checks import check_bi_encoder, check_cross_encoder
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.optional import load_optional
+from transencoder.runtime.records import model_identity
 from transencoder.scoring import Teachers
 from transencoder.search.clusters import candidate_pairs, communities, repeated, rows_of, sweep
 from transencoder.search.index import check_searchable, vector_shards
@@ -50,12 +50,15 @@ def main() -> None:
     sentences, (places,) = unique_sentences(rows, SENTENCES)
     accelerator = start(arguments)
 
-    shards = vector_shards(output, sentences, arguments, accelerator)
-    inference = Inference(accelerator, arguments.eval_batch_tokens)
+    more = {"neighbours": arguments.neighbours, "seed": arguments.seed, "label": arguments.label}
+    if arguments.cross_encoder:
+        more["cross_encoder"] = model_identity(arguments.cross_encoder, None)
+    shards = vector_shards(output, sentences, arguments, accelerator, **more)
+    inference = Inference(accelerator, arguments.eval_batch_tokens, shards)
     encoder = inference.load(arguments.bi_encoder, options)
     check_searchable(encoder)
     tokens = tokenize(sentences, SENTENCES, encoder.preprocessor())
-    vectors = embed([(encoder, [tokens])], shards.folder / "sentences.vec", replace(inference, shards=shards))
+    vectors = embed([(encoder, [tokens])], shards.folder / "sentences.vec", inference)
     index = vector_index(vectors, shards.folder, arguments.seed, encoder.similarity)
     pairs = candidate_pairs(index, vectors, arguments.neighbours)
     scores = similarities(vectors, *pairs.T, encoder.similarity)

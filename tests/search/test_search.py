@@ -381,6 +381,28 @@ def test_exact_repeats_come_first_with_rows_and_ids_by_a_bi_encoder_alone(bi_enc
     assert result.stdout.startswith("threshold  groups  sentences  just above it\n     0.95")
 
 
+def test_scores_of_a_cross_encoder_are_kept_until_the_output_is_there(
+    bi_encoder, cross_encoder, tmp_path, run_script, monkeypatch
+):
+    (tmp_path / "sentences.txt").write_text("\n".join(random_sentences(30)) + "\n")
+    words = ["--bi_encoder", bi_encoder, "--cross_encoder", cross_encoder, "--sentences", tmp_path / "sentences.txt"]
+    words += ["--output", tmp_path / "out.csv", "--threshold", 0.5]
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("transencoder.search.clusters.communities", die)
+        run_script("find_duplicates.py", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr("transencoder.inference.Inference.run", None)  # nothing is computed again
+        resumed = run_script("find_duplicates.py", *words)
+    assert resumed.returncode == 0 and "going on from" in resumed.stderr, resumed.stderr
+    again = (tmp_path / "out.csv").read_text()
+    assert run_script("find_duplicates.py", *words).returncode == 0
+    assert (tmp_path / "out.csv").read_text() == again and not list(tmp_path.glob(".*"))
+
+
 def test_a_sweep_counts_groups_and_shows_pairs_between_thresholds():
     sentences = Dataset.from_dict({"sentence": list("abcd")})
     lines = sweep(np.asarray([[0, 1], [2, 3]]), np.float32([0.97, 0.72]), sentences, seed=0).splitlines()

@@ -105,11 +105,15 @@ def index_metadata(bi_encoder: str, options: ModelOptions) -> dict[str, Any]:
 
 
 def vector_shards(
-    output: Path, sentences: datasets.Dataset, arguments: ToolArguments, accelerator: Accelerator
+    output: Path, sentences: datasets.Dataset, arguments: ToolArguments, accelerator: Accelerator, **more: Any
 ) -> Shards:
-    """Return where the vectors of `sentences` are kept until `output` is written; those of other ones are deleted."""
+    """Return where the vectors of `sentences` are kept until `output` is written; those of other ones are deleted.
+
+    Args:
+        more: what else that is kept there depends on.
+    """
     metadata = index_metadata(arguments.bi_encoder, model_options(arguments))
-    metadata |= {"read": content_checksum(sentences), "mixed_precision": arguments.mixed_precision}
+    metadata |= {"read": content_checksum(sentences), "mixed_precision": arguments.mixed_precision, **more}
     return Shards(output, metadata, arguments.shard_rows, accelerator)
 
 
