@@ -17,7 +17,8 @@ from transencoder.evaluation import DevSet, shown_value
 from transencoder.inference import Inference
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.files import place_model, replacing
+from transencoder.runtime.files import replacing
+from transencoder.runtime.records import place
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the student; a tie goes to the one that is nearer to the start
 
@@ -52,7 +53,7 @@ def merge_with_start(arguments: Cross2BiArguments, trained: Path, task: Task | N
     if inference.accelerator.is_main_process:
         with replacing(folder) as temporary:
             student.save_pretrained(temporary, mixed(*weights, how["share"]))
-        place_model(folder, Path(arguments.output_dir))
+        place(folder, Path(arguments.output_dir))
         shutil.rmtree(folder)
     inference.accelerator.wait_for_everyone()
     return {"merged_with_start": how}

@@ -5,6 +5,7 @@ A script fills it with what it reads, loads and computes.
 
 import shlex
 import sys
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,7 +50,11 @@ class Stage:
     def __init__(self, name: str, description: str | None, words: list[str] | None = None):
         self.name, self.arguments = name, parse_stage(name, description, words)
         self.options: ModelOptions = model_options(self.arguments)
-        self.inputs = input_files(self.arguments)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as it was when the stage began."""
+        return identity(self.arguments, input_files(self.arguments))
 
     @property
     def inference(self) -> Inference:
@@ -81,8 +86,8 @@ class FileStage(Stage):
             metadata: that the arguments do not say.
         """
         self.output = Path(self.arguments.output)
-        self.metadata = {**identity(self.arguments, self.inputs), **metadata}
         check_output(self.output)
+        self.metadata = {**self.identity, **metadata}
         if not self.arguments.overwrite and is_made(self.output, self.metadata, what):
             log(f"{self.output} is complete already")
             sys.exit(0)
@@ -100,14 +105,14 @@ class EvaluationStage(Stage):
     def start(self) -> None:
         """Start the processes, unless the folder holds this very run's results, which ends the stage."""
         self.output = Path(self.arguments.output_dir)
-        if claim(self.arguments, self.name, self.inputs, RESULTS_FILE):
+        if claim(self.arguments, self.name, self.identity, RESULTS_FILE):
             log(f"{self.output / RESULTS_FILE} is complete already")
             sys.exit(0)
         self.accelerator = start(self.arguments)
 
     def begin(self) -> None:
         """Make the folder this run's, once its input is known to be good."""
-        write_run(self.arguments, self.name, "running", self.inputs)
+        write_run(self.arguments, self.name, "running", self.identity)
 
     def start_trackers(self) -> None:
         """Begin a run in each experiment tracker."""
@@ -116,7 +121,7 @@ class EvaluationStage(Stage):
     def finish(self) -> None:
         """Mark the folder as complete, and end the processes."""
         if self.accelerator.is_main_process:
-            write_run(self.arguments, self.name, "complete", self.inputs, world_size=self.accelerator.num_processes)
+            write_run(self.arguments, self.name, "complete", self.identity, world_size=self.accelerator.num_processes)
         end(self.accelerator)
 
 
@@ -137,7 +142,7 @@ class TrainingStage(Stage):
         arguments, folder, self.hub = self.arguments, Path(self.arguments.output_dir), hub
         select_by(arguments)
         hub.check_hub(arguments)
-        if claim(arguments, name, self.inputs):
+        if claim(arguments, name, self.identity):
             log(f"{folder} is complete already")
             if is_first_process():
                 remove_checkpoints(arguments.output_dir)  # a kill may have come in between
@@ -161,7 +166,7 @@ class TrainingStage(Stage):
         """
         self.arguments.count_micro_batches(examples, self.accelerator.num_processes)
         log(what)
-        write_run(self.arguments, self.name, "running", self.inputs)
+        write_run(self.arguments, self.name, "running", self.identity)
 
     def train(
         self,
@@ -183,7 +188,7 @@ class TrainingStage(Stage):
             found |= merge_with_start(arguments, trainer.checkpoints.best(found["kept_step"]), task, self.inference)
         end(self.accelerator)
         if self.accelerator.is_main_process:
-            write_run(arguments, self.name, "complete", self.inputs, **found, **metadata)
+            write_run(arguments, self.name, "complete", self.identity, **found, **metadata)
             remove_checkpoints(arguments.output_dir)
         by = next((name for name in ("dev", "agreement") if name in found), None)
         score = f", {by} {found[f'{by}_metric']} {found[by]:.2f}" if by else ""

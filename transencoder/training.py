@@ -23,9 +23,10 @@ from transencoder.errors import BrokenRun
 from transencoder.evaluation import DevSet, shown_value
 from transencoder.runtime.accelerator import log, log_idle_cores, progress_bar, start_trackers
 from transencoder.runtime.backends import backend_name, precision, set_batch
-from transencoder.runtime.checkpoints import Checkpoints
+from transencoder.runtime.checkpoints import Checkpoints, check_sealed, seal
 from transencoder.runtime.cuda_graphs import RecordedStep, cuda_graphs
-from transencoder.runtime.files import place_model, replacing
+from transencoder.runtime.files import replacing
+from transencoder.runtime.records import place
 from transencoder.runtime.signals import StopSignal, stop_here
 from transencoder.runtime.speed import keep_freed_memory, release_freed_memory, use_cpu_dropout
 from transencoder.sanity import LossWatch, broken_weights
@@ -97,7 +98,6 @@ class Trainer:
         }
         self.select_by = select_by(arguments)
         self.keep_best = self.select_by in self.sets
-        self.checkpoints = Checkpoints(accelerator, arguments.output_dir, arguments.checkpoints_total_limit)
         self.micro_batches = arguments.count_micro_batches(len(rows.lengths), accelerator.num_processes)
         set_batch(accelerator, arguments.total_batch_size, self.micro_batches, arguments.max_grad_norm)
         self.sampler = LengthWindowSampler(
@@ -123,7 +123,9 @@ class Trainer:
         self.best: dict[str, torch.Tensor] = {}  # weights of the best model so far, on the main process
         self.best_is_written = True
         self.progress = Progress(loss_sum=torch.zeros((), device=accelerator.device))
-        accelerator.register_for_checkpointing(self.progress)
+        self.checkpoints = Checkpoints(
+            accelerator, arguments.output_dir, self.progress, arguments.checkpoints_total_limit
+        )
 
     def run(self) -> dict[str, Any]:
         """Train all epochs, from the newest checkpoint on if there is one, and place the kept model.
@@ -291,6 +293,7 @@ class Trainer:
                 torch.cuda.synchronize()
             with replacing(self.checkpoints.best(self.progress.best_step)) as temporary:
                 encoder.save_pretrained(temporary, self.best)
+                seal(temporary)
         self.best_is_written = True
         self.accelerator.wait_for_everyone()
 
@@ -317,7 +320,8 @@ class Trainer:
             self.keep()
         self.write_best()
         if self.accelerator.is_main_process:
-            place_model(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
+            check_sealed(self.checkpoints.best(self.progress.best_step))
+            place(self.checkpoints.best(self.progress.best_step), Path(self.arguments.output_dir))
         self.accelerator.wait_for_everyone()
 
     def outcome(self, examples_per_second: float) -> dict[str, Any]:

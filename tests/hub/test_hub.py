@@ -37,7 +37,7 @@ from transencoder.inference import Inference
 from transencoder.model_files import ModelOptions
 from transencoder.run.plan import load_plan
 from transencoder.runtime.files import write_json
-from transencoder.runtime.records import write_run
+from transencoder.runtime.records import identity, write_run
 from transencoder.scoring import Teachers
 
 TARGET = RunTarget(hub_model_id="acme/tiny")
@@ -81,7 +81,7 @@ def save_encoder(kind, plm, folder, seed):
 def record(stage, folder, *words):
     history = HISTORY | ({"swap": True} if stage == "distill_bi2cross" else {})
     arguments = parse_stage(stage, argv=[*map(str, words), "--output_dir", str(folder)])
-    write_run(arguments, stage, "complete", input_files(arguments), **history)
+    write_run(arguments, stage, "complete", identity(arguments, input_files(arguments)), **history)
 
 
 def results(folder, encoders, values):

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,16 +14,18 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import launch_command, random_pairs, warm_python, write_jsonl
 from safetensors.numpy import load_file
 from torch import nn
 
-from transencoder.errors import InputError
+from transencoder.errors import BrokenRun, InputError
 from transencoder.runtime import checkpoints
-from transencoder.runtime.checkpoints import Checkpoints, check_resumable
+from transencoder.runtime.checkpoints import Checkpoints, check_resumable, check_sealed, seal
 from transencoder.runtime.shards import Shards
+from transencoder.training import Progress
 
 STAGES = {
     "contrastive": ["train_contrastive.py", "--method", "mirror", "--pooling", "mean"],
@@ -201,11 +205,16 @@ def trained(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(nn.Linear(1, 1, bias=False))
-    kept = Checkpoints(accelerator, str(tmp_path), keep=2)
+    progress = Progress(torch.zeros(()))
+    kept = Checkpoints(accelerator, str(tmp_path), progress, keep=2)
     for step in (2, 4, 6):
         nn.init.constant_(model.weight, step)
         best = min(step, 4)
-        kept.best(best).mkdir(parents=True, exist_ok=True)
+        if best == step:
+            kept.best(best).mkdir(parents=True)
+            (kept.best(best) / "model.safetensors").write_bytes(b"weights")
+            seal(kept.best(best))
+        progress.step = step
         kept.save(step, best)
     nn.init.constant_(model.weight, 0)
     return kept, model
@@ -262,14 +271,59 @@ def test_a_half_written_checkpoint_is_not_seen(trained):
 
 def test_a_checkpoint_without_its_best_model_is_skipped(trained, capsys):
     kept, _ = trained
-    (kept.folder / "best-000004").rmdir()
+    shutil.rmtree(kept.folder / "best-000004")
     assert not kept.load_newest()
-    assert capsys.readouterr().err.count("best-000004 is missing") == 2
+    assert capsys.readouterr().err.count("best-000004: is missing") == 2
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip])
+def test_a_damaged_best_model_is_no_result(trained, capsys, spoil):
+    kept, _ = trained
+    spoil(kept.folder / "best-000004" / "model.safetensors")
+    assert not kept.load_newest()
+    assert capsys.readouterr().err.count("best-000004: model.safetensors is damaged") == 2
+    with pytest.raises(BrokenRun, match=r"model.safetensors is damaged; delete .*checkpoints, and the same"):
+        check_sealed(kept.best(4))
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def plant(code, path, save):
+    """Put code into a file of a checkpoint whose manifest says that it belongs there."""
+    with path.open("wb") as file:
+        save(code, file)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    (path.parent / "manifest.json").unlink()
+    del manifest["files"]
+    seal(path.parent, **manifest)
+
+
+@pytest.mark.parametrize("save", [torch.save, pickle.dump], ids=["torch", "pickle"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", ".metadata", "progress.json"]
+)
+def test_no_code_of_a_checkpoint_is_run(trained, tmp_path, capsys, name, save):
+    kept, model = trained
+    plant(Code(tmp_path / "ran"), kept.folder / "step-000006" / name, save)
+    assert kept.load_newest() and model.weight.item() == 4 and kept.progress.step == 4
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 2 and re.search(rf"step-000006: {name} (holds|cannot be read)", error), error
+    with checkpoints.only_data(), pytest.raises(pickle.UnpicklingError):
+        torch.load(kept.folder / "step-000006" / name, weights_only=False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_nothing_to_go_on_from(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert not Checkpoints(Accelerator(cpu=True), str(tmp_path), keep=2).load_newest()
+    assert not Checkpoints(Accelerator(cpu=True), str(tmp_path), Progress(torch.zeros(())), keep=2).load_newest()
 
 
 def test_checkpoints_of_another_backend_are_refused(trained, monkeypatch):

@@ -31,7 +31,7 @@ from transencoder.inference import token_batches
 from transencoder.labels import read_label_pairs
 from transencoder.model_files import ModelOptions
 from transencoder.runtime import records
-from transencoder.runtime.files import place_model, replacing, write_json
+from transencoder.runtime.files import replacing, write_json
 from transencoder.runtime.records import RUN_FILE, difference
 
 STAGE = "distill_bi2cross"
@@ -151,50 +151,31 @@ def test_only_what_the_dead_left_is_removed(tmp_path):
     assert names(tmp_path) == sorted([*left[1:], f".a.elsewhere.{gone.pid}.tmp", "a"])
 
 
-def test_a_moved_model_leaves_nothing_of_the_one_before(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (source / name).write_text("cross")
-    (target / "1_Pooling").mkdir(parents=True)
-    (target / "1_Pooling" / "config.json").touch()
-    (target / "2_Dense").mkdir()
-    bi = ["config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"]
-    bi += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer_config.json", "vocab.txt"]
-    bi += ["merges.txt", "special_tokens_map.json", "tokenizer.json"]
-    others = ["run.json", "teacher-scores.parquet", "notes.txt"]
-    for name in bi + others:
-        (target / name).write_text("bi")
-    (target / "runs").mkdir()
-    place_model(source, target)
-    assert names(target) == sorted(["config.json", "model.safetensors", "tokenizer.json", "runs", *others])
-    assert (target / "config.json").read_text() == (target / "tokenizer.json").read_text() == "cross"
+def save(folder: Path, text: str, *files: str) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
 
 
-def test_a_model_is_placed_into_an_empty_folder(tmp_path):
-    for name in ("source", "target"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "source" / "config.json").touch()
-    place_model(tmp_path / "source", tmp_path / "target")
-    assert names(tmp_path / "target") == ["config.json"]
-
-
-def test_placing_into_a_folder_replaces_what_has_the_same_name(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    for folder, text in ((source, "new"), (target, "old")):
-        (folder / "1_Pooling").mkdir(parents=True)
-        (folder / "1_Pooling" / text).touch()
-        (folder / "config.json").write_text(text)
-        (folder / f"{text}.txt").touch()
-    place_model(source, target)
-    assert names(target) == ["1_Pooling", "config.json", "new.txt", "old.txt"]
-    assert names(target / "1_Pooling") == ["new"]
-    assert (target / "config.json").read_text() == "new"
-    # Again, where the first time was cut off: the source still has it all.
-    (target / "config.json").unlink()
-    place_model(source, target)
-    assert (target / "config.json").read_text() == (source / "config.json").read_text() == "new"
-    assert names(target / "1_Pooling") == ["new"]
+def test_a_placed_model_leaves_nothing_of_the_one_before_and_all_that_is_not_its_own(tmp_path):
+    """Only what run.json lists is deleted: not a person's files that have names as a model's."""
+    arguments = run_arguments(tmp_path / "out", overwrite=True)
+    write_run(arguments, STAGE, "running")
+    bi = ["config.json", "modules.json", "model-00001-of-00002.safetensors", "1_Pooling/config.json", "tokenizer.json"]
+    records.place(save(tmp_path / "bi", "bi", *bi), tmp_path / "out")
+    write_run(arguments, STAGE, "complete")
+    others = ["vocab_of_my_thesis.txt", "tokens/list.txt", "teacher-scores.parquet", "notes.txt", "1_Pooling/mine.txt"]
+    save(tmp_path / "out", "mine", *others)
+    for _ in range(2):  # again, where the first time was cut off: the source still has it all
+        write_run(arguments, STAGE, "running")
+        cross = ["config.json", "model.safetensors", "tokenizer.json"]
+        records.place(save(tmp_path / "cross", "cross", *cross, "manifest.json"), tmp_path / "out")
+        found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+        assert found - {RUN_FILE} == {*cross, *others}
+        assert {(tmp_path / "out" / name).read_text() for name in others} == {"mine"}
+        assert {(tmp_path / "out" / name).read_text() for name in cross} == {"cross"}
+        (tmp_path / "out" / "config.json").unlink()
 
 
 # --- whose output folder it is ---------------------------------------------------------------------------------------
@@ -216,11 +197,11 @@ def identity(arguments: Any) -> dict[str, Any]:
 
 
 def claim(arguments: Any, stage: str, result: str | None = None) -> bool:
-    return records.claim(arguments, stage, input_files(arguments), result)
+    return records.claim(arguments, stage, identity(arguments), result)
 
 
 def write_run(arguments: Any, stage: str, status: str, **metadata: Any) -> None:
-    records.write_run(arguments, stage, status, input_files(arguments), **metadata)
+    records.write_run(arguments, stage, status, identity(arguments), **metadata)
 
 
 def test_a_new_or_empty_folder_is_free(tmp_path):
@@ -271,7 +252,7 @@ def test_the_folder_of_another_stage_is_refused(tmp_path):
 
 def test_a_folder_with_foreign_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"holds files that are not this tool's; .*--overwrite"):
+    with pytest.raises(InputError, match=r"holds files that are not this tool's; choose another"):
         claim(run_arguments(tmp_path), STAGE)
 
 
@@ -301,11 +282,14 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
             claim(run_arguments(tmp_path / "file", overwrite=overwrite), STAGE)
 
 
-@pytest.mark.parametrize("content", ["{", '{"stage": "other"}'])
-def test_overwrite_takes_any_folder(tmp_path, content):
-    (tmp_path / RUN_FILE).write_text(content)
-    (tmp_path / "thesis.tex").touch()
-    assert claim(run_arguments(tmp_path, overwrite=True), STAGE) is False
+@pytest.mark.parametrize("content", ["{", '{"stage": "other"}', None])
+def test_overwrite_takes_no_folder_that_is_not_ours(tmp_path, content):
+    if content:
+        (tmp_path / RUN_FILE).write_text(content)
+    (tmp_path / "vocab.txt").touch()
+    with pytest.raises(InputError, match=r"run.json cannot be read|holds files that are not this tool's"):
+        claim(run_arguments(tmp_path, overwrite=True), STAGE)
+    assert (tmp_path / "vocab.txt").exists()
 
 
 def test_overwrite_repeats_a_complete_run(tmp_path):
@@ -373,8 +357,11 @@ def test_the_identity_holds_checksums_of_every_file_and_model_that_is_named(tmp_
         files["a.tsv"]: sha256(b"a.tsv"),
         files["b c.tsv"]: sha256(b"b c.tsv"),
         files["dev.tsv"]: sha256(b"dev.tsv"),
-        # In the order of their names, whatever the file system's.
-        str(tmp_path / "model"): sha256(b"model-00001-of-00002.safetensorsmodel-00002-of-00002.safetensors"),
+        str(tmp_path / "model"): {
+            "config.json": sha256(b"{}"),
+            "model-00001-of-00002.safetensors": sha256(b"model-00001-of-00002.safetensors"),
+            "model-00002-of-00002.safetensors": sha256(b"model-00002-of-00002.safetensors"),
+        },
     }
     left_out = {"recipe", "overwrite", "output_dir"}
     assert found == {name: value for name, value in vars(arguments).items() if name not in left_out}
@@ -409,18 +396,46 @@ def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec):
         claim(arguments, STAGE)
 
 
-def test_a_run_whose_input_model_changed_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("model.safetensors", "other.safetensors", "config.json", "tokenizer.json", "vocab.txt", "modules.json"),
+        *("config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
+    ],
+)
+def test_a_run_whose_input_model_changed_in_any_file_is_refused(tmp_path, file):
     model = tmp_path / "model"
-    model.mkdir()
+    (model / "1_Pooling").mkdir(parents=True)
     (model / "model.safetensors").write_bytes(b"weights")
+    (model / file).write_bytes(b"content")
     arguments = run_arguments(tmp_path / "out", teachers=[str(model)])
     write_run(arguments, STAGE, "complete")
     (tmp_path / "out" / "model.safetensors").touch()
-    (model / "run.json").write_text("{}")  # no weights
+    (model / "run.json").write_text("{}")  # no part of the model
+    (model / "README.md").write_text("card")
     assert claim(arguments, STAGE) is True
-    (model / "model.safetensors").write_bytes(b"others!")
-    with pytest.raises(InputError, match=f"{model} has changed since"):
+    (model / file).write_bytes(b"others!")
+    with pytest.raises(InputError, match=f"{model}/{file} has changed since"):
         claim(arguments, STAGE)
+
+
+def test_a_new_commit_on_the_hub_is_named(tmp_path, monkeypatch):
+    """Of a model and of a data set; where the Hub cannot be asked, nothing is said."""
+    commits = {"org/model": "a" * 40, "org/set": "b" * 40}
+    monkeypatch.setattr(records, "hub_commit", lambda name, kind, revision: commits.get(name))
+    arguments = run_arguments(tmp_path, encoders=["org/model"], pairs=["org/set:train"])
+    write_run(arguments, STAGE, "complete")
+    (tmp_path / "model.safetensors").touch()
+    assert claim(arguments, STAGE) is True
+    for name in list(commits):
+        before = commits.pop(name)
+        assert claim(arguments, STAGE) is True
+        commits[name] = "c" * 40
+        with pytest.raises(
+            InputError, match=f"{name} is at commit {before} there and at commit {'c' * 40} here; HF_HUB"
+        ):
+            claim(arguments, STAGE)
+        commits[name] = before
 
 
 def test_a_difference_names_files_only_where_the_arguments_are_the_same():

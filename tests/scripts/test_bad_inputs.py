@@ -50,7 +50,7 @@ from transencoder.run.plan import load_plan
 from transencoder.run.stages import Stage, make_stages
 from transencoder.run.summary import read_results
 from transencoder.runtime.accelerator import quiet_libraries
-from transencoder.runtime.records import claim
+from transencoder.runtime.records import claim, identity
 from transencoder.scoring import score_texts
 from transencoder.search.index import check_index
 
@@ -623,7 +623,9 @@ def test_an_output_folder_with_any_record_is_refused(place, record):
     (folder / "run.json").write_bytes(record)
     arguments = parse_stage("train_contrastive", argv=as_options(REQUIRED["train_contrastive"]))
     arguments.output_dir = str(folder)
-    assert is_refused(outcome(lambda: claim(arguments, "train_contrastive", []), ("record", record)))
+    assert is_refused(
+        outcome(lambda: claim(arguments, "train_contrastive", identity(arguments, [])), ("record", record))
+    )
 
 
 TAKES_A_RECORD = {

@@ -1,16 +1,14 @@
 """Datasets on the Hub: one split at one revision."""
 
-import re
 from typing import Any
 
 import datasets
-import huggingface_hub
 
 from transencoder.errors import InputError
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.records import HUB_COMMITS
+from transencoder.runtime.records import HUB_COMMITS, hub_commit
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+NOT_ASKED = "unknown (the Hub was not asked, the cache has {})"
 
 
 def load_split(
@@ -33,16 +31,6 @@ def load_split(
         where = f"{hub_id}{f' ({config})' if config else ''}, revision {revision or 'main'}, split {split}"
         raise InputError(f"{where}: cannot be loaded from the Hub ({reason})") from error
     if hub_id not in HUB_COMMITS:
-        HUB_COMMITS[hub_id] = _commit(hub_id, revision)
+        HUB_COMMITS[hub_id] = hub_commit(hub_id, revision=revision) or NOT_ASKED.format(revision or "main")
         log(f"{hub_id}: commit {HUB_COMMITS[hub_id]}")
     return table
-
-
-def _commit(hub_id: str, revision: str | None) -> str:
-    """Return the commit that a revision stands for now."""
-    if COMMIT.fullmatch(revision or ""):
-        return str(revision)
-    try:
-        return str(huggingface_hub.HfApi().dataset_info(hub_id, revision=revision, timeout=10).sha)
-    except Exception:  # offline mode, or one of the HTTP client's many ways to say "no connection"
-        return f"unknown (the Hub was not asked, the cache has {revision or 'main'})"

@@ -25,6 +25,7 @@ from transencoder.data.tables import (
 from transencoder.data.tasks import TASKS, expand_groups, local_file, read_split, split_name
 from transencoder.errors import InputError
 from transencoder.runtime.accelerator import log
+from transencoder.runtime.records import HubSource, Input
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ POOLS = {
 
 WIKI = "wiki1m"  # the SimCSE authors' sentences of Wikipedia, for step 1
 WIKI_HUB = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt", 1_000_000)
+
+# The options that name models, and those that name data, which may be on the Hub.
+MODEL_OPTIONS = ("model_name_or_path", "encoders", "teachers")
+DATA_OPTIONS = ("sentences", "sentences_b", "pairs", "extra_pairs", "scores", "tasks", "dev")
 
 
 def read_pool(arguments: ScoringArguments | LabelArguments, drop_duplicates: bool) -> datasets.Dataset:
@@ -114,19 +119,43 @@ def check_both_orders(both_orders: bool, ordered: bool) -> None:
         raise InputError("--both_orders: the order of these pairs matters (QNLI); leave it out")
 
 
-def input_files(arguments: Any) -> list[Path]:
-    """Return every path that a stage's options name, so that a run notices when a file or a model changes.
+def input_files(arguments: Any) -> list[Input]:
+    """Return every path and every name on the Hub in a stage's options, so that a run notices when one changes.
 
-    Named pools, tasks and sentences stand for their files in the data folder.
+    Named pools, tasks and sentences stand for their files in the data folder, or for their sets on the Hub.
 
     Args:
         arguments: a stage's dataclass of options; those that do not decide the result are passed over.
     """
-    values = result_options(arguments)
-    named = [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
-    words = [item for item in named if isinstance(item, str)]
-    paths = [Path(split_name(word)[1]) for word in words]
-    return paths + (_local_files(words, values["data_dir"]) if values.get("data_dir") else [])
+    found: list[Input] = []
+    for option, value in result_options(arguments).items():
+        words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+        for word in (split_name(word)[1] for word in words):
+            if Path(word).exists():
+                found.append(Path(word))
+            elif option in MODEL_OPTIONS:
+                found.append(HubSource(word, "model"))
+            elif option in DATA_OPTIONS and is_hub_id(word):
+                name, _, revision = word.partition("@")
+                found.append(HubSource(name.partition(":")[0], "dataset", revision or None))
+        if option in DATA_OPTIONS:
+            data_dir = getattr(arguments, "data_dir", None)
+            found += _local_files(words, data_dir) if data_dir else _hub_sets(words)
+    return list(dict.fromkeys(found))
+
+
+def _hub_sets(names: list[str]) -> list[HubSource]:
+    """Return the sets on the Hub that named pools, tasks and sentences stand for."""
+    found = []
+    for name in [*names, *expand_groups(names)]:
+        if name in POOLS:
+            found += _hub_sets(list(POOLS[name].parts))
+        elif name.partition(".")[0] in TASKS:
+            source = TASKS[name.partition(".")[0]]
+            found.append(HubSource(source.hub_id, "dataset", source.revision))
+        elif name == WIKI:
+            found.append(HubSource(WIKI_HUB[0], "dataset"))
+    return found
 
 
 def _local_files(names: list[str], data_dir: str) -> list[Path]:

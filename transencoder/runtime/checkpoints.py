@@ -1,17 +1,26 @@
 """Checkpoints of a training under way: written whole or not at all, and the newest that is whole is read.
 
-OUTPUT_DIR/checkpoints/step-000400/    what Accelerate saves (model, optimizer, schedule, random states, progress)
-                                       and manifest.json: every file's size and SHA-256
+OUTPUT_DIR/checkpoints/step-000400/    model, optimizer, schedule, random states (Accelerate saves them), progress.json
 OUTPUT_DIR/checkpoints/best-000200/    the model with the best score so far, which OUTPUT_DIR gets in the end
+
+Each has a manifest.json with its files' sizes and SHA-256. No code that somebody may have put there is run: what
+Accelerate, PyTorch or DeepSpeed keep as pickles must hold tensors, numbers and texts only.
 """
 
 import os
+import pickle
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
 from torch import nn
 
 from transencoder.errors import BrokenRun, InputError, writing
@@ -19,7 +28,40 @@ from transencoder.runtime.accelerator import log
 from transencoder.runtime.backends import backend_name
 from transencoder.runtime.files import read_json, sha256, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # environment variable of PyTorch
+PICKLES, SHARDS_METADATA = (".bin", ".pkl", ".pt"), ".metadata"  # of torch.save, and of FSDP, which pickles by itself
+# What these hold beside tensors, numbers and texts.
+OF_DEEPSPEED = (
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
+OF_FSDP = {
+    "pathlib": {"PosixPath"},
+    "torch": {"Size", "float32", "int64"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.serialization": {"_get_layout"},
+}
+
+
+class Stateful(Protocol):
+    """Anything whose state is a dictionary that JSON can hold; all processes ask for it together."""
+
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
 
 
 class Checkpoints:
@@ -29,11 +71,13 @@ class Checkpoints:
     So its `save_state` writes to a temporary name here, and the folder is renamed when it is complete.
 
     Args:
+        progress: how far the training is; goes into progress.json.
         keep: how many to keep.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: str, keep: int):
+    def __init__(self, accelerator: Accelerator, output_dir: str, progress: Stateful, keep: int):
         self.accelerator, self.folder, self.keep = accelerator, Path(output_dir) / "checkpoints", keep
+        self.progress = progress
         if backend_name(accelerator) == "plain":
             # DDP's names of the weights begin with "module."; without it one process can go on where two stopped.
             accelerator.register_save_state_pre_hook(self._save_unwrapped)
@@ -50,6 +94,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
+        progress = self.progress.state_dict()
         try:
             with writing(target):
                 self.accelerator.save_state(str(temporary))
@@ -58,10 +103,9 @@ class Checkpoints:
             raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            files = {str(path.relative_to(temporary)): path for path in temporary.rglob("*") if path.is_file()}
-            content = {name: [path.stat().st_size, sha256(path)] for name, path in sorted(files.items())}
             setting = dict(backend=backend_name(self.accelerator), world_size=self.accelerator.num_processes)
-            write_json(temporary / MANIFEST, dict(step=step, best_step=best_step, **setting, files=content))
+            write_json(temporary / PROGRESS, progress)
+            seal(temporary, step=step, best_step=best_step, **setting)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             self._rotate(best_step)
@@ -73,7 +117,9 @@ class Checkpoints:
         (path,) = broadcast_object_list(choice)
         if path is None:
             return False
-        self.accelerator.load_state(str(path))
+        with only_data():
+            self.accelerator.load_state(str(path))
+        self.progress.load_state_dict(read_json(path / PROGRESS))
         self.accelerator.step = 0  # micro-batches of a batch; their number may have changed
         if self.accelerator.is_main_process:
             written = _manifest(path)["world_size"]
@@ -126,7 +172,7 @@ def check_resumable(output_dir: str, accelerator: Accelerator) -> None:
         return
     backend, where = backend_name(accelerator), f"--output_dir {output_dir}: its checkpoints were written"
     anew = f"delete {output_dir} and run the same command again"
-    if "backend" not in newest:
+    if "backend" not in newest or PROGRESS not in newest["files"]:
         raise InputError(f"{where} by an older version, whose models had other names; {anew}")
     advice = f"launch it the same way, or {anew}"
     if newest["backend"] != backend:
@@ -144,6 +190,19 @@ def _numbered(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(step), path) for step, path in steps if step.isdecimal())]
 
 
+def seal(folder: Path, **metadata: Any) -> None:
+    """Write manifest.json into a folder that is otherwise whole."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    content = {name: [path.stat().st_size, sha256(path)] for name, path in sorted(files.items())}
+    write_json(folder / MANIFEST, {**metadata, "files": content})
+
+
+def check_sealed(folder: Path) -> None:
+    """Raise `BrokenRun` unless a folder is as it was when it was sealed."""
+    if problem := _damage(folder):
+        raise BrokenRun(f"{folder}: {problem}; delete {folder.parent}, and the same command trains anew")
+
+
 def _manifest(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint's metadata; returns None if there is none, or not all of it."""
     try:
@@ -154,15 +213,80 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _problem(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint; returns None if it is as it was written."""
+    """Say why a checkpoint cannot be gone on from; returns None if it can."""
     manifest = _manifest(path)
     if manifest is None:
         return f"{MANIFEST} cannot be read"
-    for name, (size, checksum) in manifest["files"].items():
+    best = path.parent / f"best-{manifest['best_step']:06}"
+    found = _damage(path) or _not_data(path)
+    return found or (manifest["best_step"] and (damage := _damage(best)) and f"{best.name}: {damage}") or None
+
+
+def _damage(path: Path) -> str | None:
+    """Say what of a sealed folder is not as it was written."""
+    if not path.is_dir():
+        return "is missing"
+    try:
+        files = dict(read_json(path / MANIFEST)["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, checksum) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size or sha256(file) != checksum:
             return f"{name} is damaged"
-    best = path.parent / f"best-{manifest['best_step']:06}"
-    return f"{best.name} is missing" if manifest["best_step"] and not best.is_dir() else None
+    added = sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir())
+    return next((f"{name} does not belong there" for name in added if name not in (*files, MANIFEST)), None)
+
+
+def _not_data(path: Path) -> str | None:
+    """Say which file of a checkpoint names anything but tensors, numbers and texts, which loading it might call."""
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        name = str(file.relative_to(path))
+        try:
+            if file.suffix in PICKLES:
+                with _known_globals():
+                    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                if unknown:
+                    return f"{name} holds {unknown[0]}, which is not data"
+            elif file.name == SHARDS_METADATA:
+                with file.open("rb") as stream:
+                    _Metadata(stream).load()
+        except Exception as error:  # whatever the bytes make of the unpickler
+            return f"{name} cannot be read as data ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+    if (path / PROGRESS).is_file():
+        try:
+            read_json(path / PROGRESS)
+        except ValueError:
+            return f"{PROGRESS} cannot be read"
+    return None
+
+
+@contextmanager
+def only_data() -> Iterator[None]:
+    """While it is entered, torch.load builds tensors, numbers and texts only, whoever calls it and however."""
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with _known_globals():
+            yield
+    finally:
+        os.environ.pop(FORCE)
+        if before is not None:
+            os.environ[FORCE] = before
+
+
+def _known_globals() -> AbstractContextManager[None]:
+    """Return what makes known the classes of data that Accelerate and DeepSpeed save."""
+    of_deepspeed = [resolve_name(name) for name in OF_DEEPSPEED] if "deepspeed" in sys.modules else []
+    return torch.serialization.safe_globals(TORCH_SAFE_GLOBALS + of_deepspeed)
+
+
+class _Metadata(pickle.Unpickler):
+    """Read FSDP's metadata, which PyTorch unpickles with no care of its own; anything unknown is an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in OF_FSDP.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")

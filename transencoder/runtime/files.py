@@ -22,10 +22,11 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: relative paths are the process'
 MODEL_FILES = (
     "[0-9]*_[A-Z]*",  # modules of sentence-transformers, such as 1_Pooling
     "*.model",
+    "*.safetensors*",
+    "added_tokens.json",
     "chat_template*",
     "config*.json",
     "generation_config.json",
-    "model*.safetensors*",
     "modules.json",
     "sentence_bert_config.json",
     "special_tokens_map.json",
@@ -33,6 +34,7 @@ MODEL_FILES = (
     "vocab*",
     "merges.txt",
 )
+MODEL_MARKS = ("config.json", "modules.json")  # a folder that has one holds a model
 
 
 def sha256(*files: Path) -> str:
@@ -43,6 +45,14 @@ def sha256(*files: Path) -> str:
             while block := stream.read(1 << 22):
                 sha.update(block)
     return sha.hexdigest()
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the files that the model in a folder consists of, relative to it and sorted; none in other folders."""
+    found = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
+    found += [file for path in found if path.is_dir() for file in path.rglob("*")]
+    names = sorted({path.relative_to(folder).as_posix() for path in found if path.is_file()})
+    return names if any(name in MODEL_MARKS or name.endswith(".safetensors") for name in names) else []
 
 
 def read_json(path: Path) -> Any:
@@ -103,20 +113,28 @@ def _exchanged(new: Path, old: Path) -> bool:
     return rename(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0
 
 
-def place_model(source: Path, target: Path) -> None:
-    """Put the saved model in `source` into the folder `target`, in the place of the one that may be there.
+def place_model(source: Path, target: Path, before: list[str]) -> None:
+    """Put the saved model in `source` into the folder `target`.
 
     `source` keeps it, so that a process that is killed in between can do the same again; the weights' bytes are shared
     where the file system can do that.
+
+    Args:
+        before: files of `target` that are replaced, or deleted.
     """
-    for old in (path for pattern in MODEL_FILES for path in target.glob(pattern)):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    names = model_files(source)
     with writing(target):
-        shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / name, target / name)
+    for old in (target / name for name in before if name not in names):
+        old.unlink(missing_ok=True)
+        if old.parent != target and not any(old.parent.iterdir()):
+            old.parent.rmdir()
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    Path(target).unlink(missing_ok=True)
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:  # such as FAT, or a network's

@@ -31,7 +31,7 @@ from transencoder.inference import Inference
 from transencoder.model_files import ModelOptions, model_options, prompts_of
 from transencoder.runtime.files import read_json, replacing, write_json
 from transencoder.runtime.optional import load_optional
-from transencoder.runtime.records import model_identity
+from transencoder.runtime.records import changed_inputs, model_identity
 from transencoder.runtime.shards import Shards
 from transencoder.scoring import score_texts
 from transencoder.search import neighbours
@@ -135,8 +135,10 @@ def check_index(folder: Path, bi_encoder: str, options: ModelOptions, keep: list
         raise InputError(f"--index {folder}: not an index that search.py made; choose another folder") from error
     now = index_metadata(bi_encoder, options)
     if made_by["model"] != now["model"]:
-        name = metadata.get("name", "another model")
-        raise InputError(f"--index {folder}: made with {name}, not with {bi_encoder}; make one in another folder")
+        name, there, here = metadata.get("name", "another model"), made_by["model"], now["model"]
+        changed = name == bi_encoder and changed_inputs(*({name: found.get("files", "")} for found in (there, here)))
+        why = ", ".join(changed[:3]) if changed else f"made with {name}, not with {bi_encoder}"
+        raise InputError(f"--index {folder}: {why}; make one in another folder")
     if made_by != now:
         prompts = made_by["prompts"]
         raise InputError(
