@@ -38,7 +38,7 @@ def lexical_scores(pairs: datasets.Dataset) -> np.ndarray:
     vectorizer = _fitted(sentences)
     if vectorizer is None:  # no sentence has two characters
         return scores
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+    with cache_folder() as cache, tempfile.TemporaryDirectory(dir=cache) as folder:
         vectors = SparseRows(vectorizer, sentences, Path(folder))
         for start in range(0, len(pairs), COSINE_ROWS):
             release_pages()

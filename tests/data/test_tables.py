@@ -18,7 +18,7 @@ from conftest import random_sentences, write_jsonl
 from transencoder.config.options import Reading
 from transencoder.data import cache, tables
 from transencoder.data import formats as table_files
-from transencoder.data.bad_rows import SKIP
+from transencoder.data.bad_rows import GRADED, SKIP
 from transencoder.data.formats import write_rows
 from transencoder.data.tables import PAIRS, blocks, is_hub_id, numbers, read_pairs, read_rows, read_sentences, sample
 from transencoder.errors import BrokenRun, InputError, printable, report_and_exit
@@ -43,6 +43,11 @@ def write(path: Path, content: str | bytes) -> str:
     content = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return str(path)
+
+
+def kept_files() -> list[Path]:
+    with cache.cache_folder() as folder:
+        return sorted(folder.iterdir())
 
 
 def pairs_of(table: datasets.Dataset) -> list[tuple[str, str]]:
@@ -283,10 +288,10 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path):
 
 def test_a_refused_file_leaves_nothing_in_the_cache(tmp_path):
     read_pairs([write(tmp_path / "good.txt", "a||b\n")])
-    before = sorted(cache.cache_folder().iterdir())
+    before = kept_files()
     with pytest.raises(InputError):
         read_pairs([write(tmp_path / "bad.txt", "a||b\nc||\n")])
-    assert sorted(cache.cache_folder().iterdir()) == before
+    assert kept_files() == before
 
 
 @pytest.mark.parametrize(
@@ -502,7 +507,7 @@ def test_a_parquet_column_that_holds_no_text_is_refused_by_name(tmp_path, column
 @pytest.mark.parametrize("value", ["2", "0.5", "-1"])
 def test_a_label_that_is_neither_0_nor_1_is_refused_with_its_row(tmp_path, value):
     source = write(tmp_path / "pairs.tsv", f"sentence1\tsentence2\tlabel\na\tb\t1\nc\td\t0\ne\tf\t{value}\n")
-    assert refusal(source, "label") == "row 3: label is neither 0 nor 1"
+    assert refusal(source, "label") == f"row 3: label is neither 0 nor 1; {GRADED}"
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".tsv", ".csv", ".jsonl"])

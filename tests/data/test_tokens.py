@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_pairs, random_sentences
+from transformers import PhobertTokenizer
 
 from transencoder.batches import LengthWindowSampler, PairInputs, SentencePairs, make_loader
 from transencoder.contrastive import DropoutViews, MaskedViews
@@ -122,15 +123,52 @@ def test_kept_tokens_of_a_model_with_token_types_are_not_used_for_one_without(cr
     assert tokens_of(table, cross).names == ["input_ids"]
 
 
+def kept_files():
+    with cache_folder() as folder:
+        return sorted(folder.iterdir())
+
+
+def test_damaged_files_of_tokens_and_of_distinct_sentences_are_made_again(bi, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    table = pairs_table([{"sentence1": "my card", "sentence2": "late"}, {"sentence1": "late", "sentence2": "pay my"}])
+
+    def everything():
+        sentences, places = unique_sentences(table)
+        tokens = tokens_of(sentences, bi).batch(np.arange(3))["input_ids"].tolist()
+        return sentences["sentence"][:], [rows.tolist() for rows in places], tokens
+
+    expected = everything()
+    names = {path.name for path in kept_files()}
+    assert len(names) == 5  # two of sentences, one of tokens, and their checksums
+    for name in names:
+        whole = (kept_files()[0].parent / name).read_bytes()
+        for damaged in (b"", whole[:-9], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+            (kept_files()[0].parent / name).write_bytes(damaged)
+            assert everything() == expected
+
+
+def test_kept_tokens_are_not_used_for_other_merges_of_one_vocabulary(tmp_path, bi):
+    (tmp_path / "vocab.txt").write_text("a 1\nb 1\nc 1\nab 1\nbc 1\nab@@ 1\na@@ 1\nb@@ 1\n")
+    found = []
+    for merges in ("a b 2\n", "b c</w> 2\n"):
+        (tmp_path / "bpe.codes").write_text(merges)
+        slow = PhobertTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "bpe.codes"))
+        assert not slow.is_fast
+        bi.model[0].processor = slow
+        assert bi.tokenizer is slow
+        found.append(tokens_of(sentences_table("abc"), bi).batch(np.array([0]))["input_ids"].tolist())
+    assert found[0] != found[1], found
+
+
 def test_tokens_are_kept_from_run_to_run(tmp_path, bi, tiny_bert):
     source = tmp_path / "s.txt"
     source.write_text("how do i\nlate app\n")
     tokens_of(read_sentences([str(source)]), bi)
-    before = sorted(cache_folder().iterdir())
+    before = kept_files()
     used = load_bi_encoder(str(tiny_bert), ModelOptions("mean"))  # as a new process does
     used.tokenizer(["how do i", "late"], truncation=True, max_length=3, padding=True)  # a fast one remembers how
     tokens_of(read_sentences([str(source)]), used)
-    assert sorted(cache_folder().iterdir()) == before
+    assert kept_files() == before
 
 
 def test_tokens_are_found_in_every_chunk(monkeypatch, bi):

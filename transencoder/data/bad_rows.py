@@ -9,6 +9,7 @@ from transencoder.errors import InputError
 
 # As pandas writes text with quotes into a .tsv. Others write quotes there as they are, which is what is read.
 QUOTED = r'^"([^"]|"")*""([^"]|"")*"$'
+GRADED = "graded values are scores: --columns score=label"
 SKIP = "--skip_bad_rows leaves such rows out"
 
 
@@ -38,7 +39,7 @@ def checked(block: Block, source: str, schema: pa.Schema) -> Block:
             column = _as_numbers(column, name, source, problems)
             note(pc.invert(pc.is_finite(column)), f"{name} is not a finite number")
             if name == "label":
-                note(pc.invert(pc.is_in(column, pa.array([0.0, 1.0, None]))), "label is neither 0 nor 1")
+                note(pc.invert(pc.is_in(column, pa.array([0.0, 1.0, None]))), f"label is neither 0 nor 1; {GRADED}")
         else:
             column = _as_text(column, name, source)
             note(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), f"{name} is empty")

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,20 @@ from transencoder.runtime.waiting import local_main_process_first
 CACHE_VERSION = 3  # raise it when what is written to the cache changes
 
 
-def cache_folder() -> Path:
-    """Return where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE)."""
+@contextmanager
+def cache_folder() -> Iterator[Path]:
+    """Yield where tables and tokens are kept: a folder of the `datasets` cache (HF_DATASETS_CACHE).
+
+    Raises:
+        BrokenRun: a file is gone, as somebody has deleted the cache while it was in use.
+    """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trans-encoder"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        yield folder
+    except FileNotFoundError as error:
+        raise BrokenRun(f"{folder}: a file is gone from the cache; the same command makes it again") from error
 
 
 def cache_key(*parts: Any) -> str:
@@ -48,12 +56,10 @@ def cached(names: list[str], make: Callable[..., str | None], load: Callable[...
         names: of the files.
         make: takes the paths to write to; returns a line to be logged whenever they are used, or none.
         load: takes the paths of the files.
-    Raises:
-        BrokenRun: a file is gone, as somebody has deleted the cache.
     """
-    paths = [cache_folder() / name for name in names]
-    seal = paths[0].with_suffix(".json")  # the checksum, written last
-    try:
+    with cache_folder() as folder:
+        paths = [folder / name for name in names]
+        seal = paths[0].with_suffix(".json")  # the checksum, written last
         with local_main_process_first():
             if not _is_whole(paths, seal):
                 with ExitStack() as stack:
@@ -64,8 +70,6 @@ def cached(names: list[str], make: Callable[..., str | None], load: Callable[...
             if line := read_json(seal)["log"]:
                 log(line)
         return load(*paths)
-    except FileNotFoundError as error:
-        raise BrokenRun(f"{cache_folder()}: a file is gone from the cache; the same command makes it again") from error
 
 
 def _is_whole(paths: list[Path], seal: Path) -> bool:

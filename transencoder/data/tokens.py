@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from transencoder.data.cache import cache_key, cached
+from transencoder.data.cache import cache_key, cached, checksum
 from transencoder.data.tables import PAIRS, RANDOM_ROWS, blocks, release_pages, row_hashes
 from transencoder.runtime.accelerator import log
 
@@ -100,7 +101,9 @@ class Preprocessor:
         if tokenizer.is_fast:
             vocabulary = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
         else:
-            vocabulary = [repr(tokenizer), sorted(tokenizer.get_vocab().items())]
+            with TemporaryDirectory() as folder:  # merges and the like are in no vocabulary
+                files = tokenizer.save_vocabulary(folder)
+                vocabulary = [repr(tokenizer), sorted(tokenizer.get_vocab().items()), checksum(*map(Path, files))]
         config = self.transformer.get_config_dict()
         return [self.max_length, self.prompt, self.names, vocabulary, config, str(tokenizer.chat_template)]
 
