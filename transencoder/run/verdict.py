@@ -305,7 +305,8 @@ def score_both(run: Path, rounds: list[Round], sets: list[Any], scoring: Any) ->
 
 def scoring_options(run: Path) -> Any:
     """Return the options with which the run labels, where encoders are read as in the run."""
-    words = next(stage.words for stage in read_stages(Layout(run).plan) if stage.script == "score_pairs.py")
+    labels = Layout(run).scores(1, "bi").name
+    words = next(stage.words for stage in read_stages(Layout(run).plan) if Path(stage.output).name == labels)
     return parse_stage("score_pairs", argv=[*words, "--recipe", str(Layout(run).recipe)])
 
 
