@@ -16,16 +16,12 @@ STAGE = "distill_cross2bi"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
-from typing import Any
-
-from torch import Tensor, nn
-
 from transencoder.batches import SentencePairs
 from transencoder.encoders import load_bi_encoder
 from transencoder.errors import one_line_errors
 from transencoder.hub import push
 from transencoder.labels import StudentPairs
-from transencoder.losses import BI_LOSSES
+from transencoder.losses import CosineLoss
 from transencoder.model_checks import check_bi_encoder
 from transencoder.stage import TrainingStage
 
@@ -42,11 +38,10 @@ def main(words: list[str] | None = None) -> None:
     labels, held_out = pairs.labels(stage.inference)
     encoder = load_bi_encoder(arguments.model_name_or_path, stage.options, arguments.dropout)
     encoder.compare_by_cosine()
-    rows = SentencePairs(labels, encoder, arguments.max_length)
-
-    def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        first, second = model(**batch["inputs"]).chunk(2)
-        return BI_LOSSES[arguments.loss].function(first, second, batch["scores"])
+    rows = SentencePairs(labels, encoder, arguments.max_length, together=arguments.loss == "listwise")
+    share, above = arguments.contrastive_share, arguments.contrastive_above
+    loss_of = CosineLoss(arguments.loss, arguments.temperature, share, above)
+    encoder.head = loss_of.head()
 
     stage.train(encoder, rows, loss_of, held_out)
 

@@ -12,23 +12,35 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from conftest import ROOT, random_pairs
+from conftest import ROOT, random_pairs, write_jsonl
+from safetensors.torch import load_file
 
+from transencoder.batches import LengthWindowSampler
 from transencoder.config.options import Choice, HubTarget
+from transencoder.config.parsing import parse_stage
 from transencoder.data.tables import PAIRS
 from transencoder.hub.card import CardContent, render_card
 from transencoder.labels import write_scores
 from transencoder.losses import (
+    BI_LOSSES,
     CROSS_LOSSES,
+    CosineLoss,
     InfoNCE,
     bce_targets,
+    contrastive,
+    cosent,
     cosine_bce,
     cosine_mse,
     info_nce,
+    listwise,
     logistic,
+    margin_mse,
+    pairwise_logistic,
+    scaled_bce,
     soft_bce,
     soft_mse,
 )
+from transencoder.training import make_optimizer
 
 # --- step 1 ----------------------------------------------------------------------------------------------------------
 
@@ -228,6 +240,132 @@ def test_cosine_bce_of_two_pairs():
     assert cosine_bce(first, second, torch.tensor([1.0, 0.5])).item() == pytest.approx(0.565317, abs=1e-5)
     # A score below 0 counts as 0: log(1 + e^0.6) = 1.037488
     assert cosine_bce(first[:1], second[:1], torch.tensor([-0.5])).item() == pytest.approx(1.037488, abs=1e-5)
+
+
+# --- pairs compared with pairs ---------------------------------------------------------------------------------------
+
+# Cosines 0.6, 0 and 0.8.
+ONE, OTHER = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, 9.0], [0.8, 0.6]])
+
+
+def test_margin_mse_of_two_pairs():
+    # Sigmoids 0.5 and 0.880797 differ by 0.380797, the targets by 0.5: 0.119203^2 = 0.0142093
+    logits, targets = torch.tensor([0.0, 2.0]), torch.tensor([0.5, 1.0])
+    assert margin_mse(logits, targets).item() == pytest.approx(0.0142093, abs=1e-6)
+    assert margin_mse(logits, targets - 0.4).item() == pytest.approx(0.0142093, abs=1e-6)  # the level does not matter
+    assert margin_mse(logits[:1], targets[:1]).item() == 0
+
+
+def test_margin_mse_is_the_mean_over_all_two_pairs():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(5), torch.rand(5)
+    scores = logits.sigmoid()
+    squares = [(scores[i] - scores[j] - targets[i] + targets[j]) ** 2 for i in range(5) for j in range(5) if i != j]
+    torch.testing.assert_close(margin_mse(logits, targets), torch.stack(squares).mean())
+
+
+def test_pairwise_logistic_of_three_pairs():
+    # Targets 0.9 over 0.1 with logits 0 and 2: 0.8 log(1 + e^2); 0.9 over 0.6 with 0 and 1: 0.3 log(1 + e);
+    # 0.6 over 0.1 with 1 and 2: 0.5 log(1 + e). (0.8 x 2.126928 + 0.8 x 1.313262) / 1.6 = 1.720095
+    loss = pairwise_logistic(torch.tensor([0.0, 2.0, 1.0]), torch.tensor([0.9, 0.1, 0.6]))
+    assert loss.item() == pytest.approx(1.720095, abs=1e-5)
+    assert pairwise_logistic(torch.tensor([0.0, 2.0]), torch.tensor([0.5, 0.5])).item() == 0
+
+
+def test_scaled_bce_of_two_pairs():
+    # Cosines 0.6 and 0 become the logits 10 x 0.6 - 5 = 1 and -5. Against 1: log(1 + e^-1) = 0.313262. Against 0.5:
+    # (log(1 + e^5) + log(1 + e^-5)) / 2 = 2.506715. Mean 1.409988
+    scaling = torch.tensor([np.log(10.0), -5.0])
+    loss = scaled_bce(ONE[:2], OTHER[:2], torch.tensor([1.0, 0.5]), scaling=scaling)
+    assert loss.item() == pytest.approx(1.409988, abs=1e-5)
+
+
+def test_cosent_of_three_pairs():
+    # The first one should be above both others: log(1 + e^((0 - 0.6) / 0.5) + e^((0.8 - 0.6) / 0.5)), which is
+    # log(1 + 0.301194 + 1.491825) = 1.027123. The others' scores are equal.
+    loss = cosent(ONE, OTHER, torch.tensor([3.0, 0.5, 0.5]), temperature=0.5)
+    assert loss.item() == pytest.approx(1.027123, abs=1e-5)
+    assert cosent(ONE, OTHER, torch.ones(3), temperature=0.5).item() == 0
+
+
+def test_listwise_of_two_candidates():
+    # Softmax of cosines 0.6 and 0 over 0.5: 0.768525, 0.231475; of the scores 1 and 0.5: 0.731059, 0.268941.
+    # 0.731059 (log 0.731059 - log 0.768525) + 0.268941 (log 0.268941 - log 0.231475) = 0.003809
+    scores, anchors = torch.tensor([1.0, 0.5, 0.3]), torch.tensor([7, 7, 9])
+    loss = listwise(ONE, OTHER, scores, temperature=0.5, anchors=anchors)
+    assert loss.item() == pytest.approx(0.003809, abs=1e-5)  # the third one is alone
+    assert listwise(ONE, OTHER, scores, temperature=0.5, anchors=torch.arange(3)).item() == 0
+
+
+def test_contrastive_counts_the_pairs_above_and_no_pair_that_shares_a_sentence():
+    # The losses of the two pairs are 0.371101 and 0.183901, as of `info_nce`.
+    scores, apart = torch.tensor([0.9, 0.1]), torch.tensor([0, 1])
+    for above, expected in ((0.0, 0.277501), (0.5, 0.371101), (0.95, 0.0)):
+        loss = contrastive(FIRST, SECOND, scores, 0.5, above, anchors=apart, others=apart)
+        assert loss.item() == pytest.approx(expected, abs=1e-5)
+    for sides in ({"anchors": apart * 0, "others": apart}, {"anchors": apart, "others": apart * 0}):
+        assert contrastive(FIRST, SECOND, scores, 0.5, 0.0, **sides).item() == 0
+
+
+@pytest.mark.parametrize("name", BI_LOSSES)
+def test_a_share_of_the_loss_is_contrastive_and_all_gradients_are_finite(name):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 6, requires_grad=True)
+    inputs, scores, anchors = torch.randn(10, 4), torch.rand(5), torch.tensor([0, 0, 1, 2, 2])
+    batch = {"inputs": {"x": inputs}, "scores": scores, "anchors": anchors, "others": torch.arange(5) + 10}
+
+    def loss_with(share: float) -> torch.Tensor:
+        loss_of = CosineLoss(name, 0.1, share, 0.3)
+        head = loss_of.head() or torch.nn.Identity()
+        return loss_of(lambda x: head(x @ weight), batch)
+
+    whole, half, none = loss_with(0.0), loss_with(0.5), loss_with(1.0)
+    torch.testing.assert_close(half, (whole + none) / 2)
+    half.backward()
+    assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_rows_of_a_group_come_together(micro_batches):
+    draw = np.random.default_rng(0)
+    groups, lengths = draw.integers(30, size=120), draw.integers(3, 40, size=120)
+    sampler = LengthWindowSampler(lengths, 8, micro_batches, 4, seed=1, groups=groups)
+    rows = list(sampler)
+    batches = np.reshape(rows, (-1, 8))
+    assert sorted(batches.ravel()) == list(range(120))
+    parts = sum(len(set(groups[batch])) for batch in batches)
+    assert parts <= 30 + len(batches) + 120 // 32  # torn only where a batch or a window ends
+    sampler.epoch = 1
+    assert list(sampler) != rows
+
+
+LOSSES = [("distill_cross2bi.py", name) for name in BI_LOSSES] + [
+    ("distill_bi2cross.py", name) for name in CROSS_LOSSES
+]
+
+
+@pytest.mark.parametrize(("script", "name"), LOSSES)
+def test_every_loss_trains_a_model_that_is_saved_as_any_other(
+    script, name, bi_encoder, tiny_bert, tmp_path, run_script
+):
+    is_bi = script == "distill_cross2bi.py"
+    model, start = tmp_path / "model", bi_encoder if is_bi else tiny_bert
+    scores = write_jsonl(tmp_path / "scores.jsonl", [{**row, "score": row["score"] / 5} for row in random_pairs(32)])
+    words = ["--model_name_or_path", start, "--scores", scores, "--output_dir", model, "--loss", name]
+    words += ["--total_batch_size", 8, "--max_steps", 3, "--mixed_precision", "no"]
+    result = run_script(script, *words, *(["--contrastive_share", 0.2] if is_bi else []))
+    assert result.returncode == 0, result.stderr
+    if is_bi:
+        before, after = (load_file(folder / "model.safetensors") for folder in (start, model))
+        assert before.keys() == after.keys()
+
+
+def test_scale_and_bias_have_a_learning_rate_of_their_own():
+    model, head = torch.nn.Linear(2, 2), CosineLoss("bce_scaled", 0.05).head()
+    words = ["--model_name_or_path", "m", "--scores", "s", "--output_dir", "o"]
+    optimizer = make_optimizer(torch.nn.Sequential(model, head), parse_stage("distill_cross2bi", argv=words))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {id(model.weight): 5e-5, id(model.bias): 5e-5, id(head.values): 1e-2}
 
 
 # --- all -------------------------------------------------------------------------------------------------------------

@@ -50,10 +50,11 @@ class SentencePairs(Dataset):
     Args:
         table: columns sentence1, sentence2 and score.
         max_length: most tokens of a sentence.
+        together: pairs with the same first sentence come in one batch.
     """
 
-    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int):
-        if len(table) <= tokens.TOKENIZED_ROWS:
+    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int, together: bool = False):
+        if together or len(table) <= tokens.TOKENIZED_ROWS:
             sentences, (self.first, self.second) = unique_sentences(table)
         else:  # what is not tokenized beforehand need not be looked at twice either
             sentences = datasets.concatenate_datasets(sides(table))
@@ -61,10 +62,13 @@ class SentencePairs(Dataset):
         self.tokens = training_tokens(sentences, SENTENCES, encoder.preprocessor(max_length=max_length))
         self.scores = numbers(table, "score", np.float32)
         self.lengths = np.maximum(self.tokens.lengths[self.first], self.tokens.lengths[self.second])
+        self.groups = self.first if together else None
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        both = np.concatenate([self.first[indices], self.second[indices]])
-        return {"inputs": self.tokens.batch(both), "scores": torch.from_numpy(self.scores[indices])}
+        first, second = self.first[indices], self.second[indices]
+        values = {"scores": self.scores[indices], "anchors": first, "others": second}
+        inputs = self.tokens.batch(np.concatenate([first, second]))
+        return {"inputs": inputs, **{name: torch.from_numpy(value) for name, value in values.items()}}
 
 
 class LengthWindowSampler(Sampler[list[int]]):
@@ -77,11 +81,25 @@ class LengthWindowSampler(Sampler[list[int]]):
         batch_size: rows of one optimizer step, over all processes.
         micro_batches: equal parts that a batch is given out in, one after another (gradient accumulation).
         window: batches in a window; 1 is a plain shuffle.
+        groups: int [rows], rows of the same number follow one another, but for where a batch ends; None for no groups.
     """
 
     drop_last = True
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, micro_batches: int, window: int, seed: int):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        micro_batches: int,
+        window: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+    ):
+        self.groups = groups
+        if groups is not None:  # sorted by the longest row of each group, no group is torn apart
+            longest = np.zeros(groups.max() + 1, dtype=lengths.dtype)
+            np.maximum.at(longest, groups, lengths)
+            lengths = longest[groups]
         self.lengths, self.full_batch, self.micro_batches = lengths, batch_size, micro_batches
         self.window, self.seed = window, seed
         self.batch_size = batch_size // micro_batches
@@ -97,7 +115,10 @@ class LengthWindowSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))[: self.batches * self.full_batch]
+        order = random.permutation(len(self.lengths))
+        if self.groups is not None:
+            order = order[np.argsort(random.permutation(self.groups.max() + 1)[self.groups[order]], kind="stable")]
+        order = order[: self.batches * self.full_batch]
         width = self.window * self.full_batch
         if self.window > 1:
             order = np.concatenate(

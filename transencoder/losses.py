@@ -3,6 +3,7 @@
 All compute in float32, whatever the autocast type. A new loss is an entry in a registry at the end of this file.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,36 @@ def soft_mse(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(logits.float().sigmoid(), targets.float())
 
 
-def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def margin_mse(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of the differences between pairs: of their scores, and of their targets.
+
+    How high the scores lie as a whole does not matter to it.
+
+    Args:
+        logits: float [n], whose sigmoids are the scores.
+        targets: float [n], in [0, 1].
+    Returns:
+        Scalar, the mean over all two different pairs of the batch; 0 where there is one.
+    """
+    errors = logits.float().sigmoid() - targets.float()
+    return 2 * errors.var(correction=0) * len(errors) / max(len(errors) - 1, 1)
+
+
+def pairwise_logistic(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the logistic loss of the order of every two pairs (RankNet), weighted by how far their targets differ.
+
+    Args:
+        logits: float [n].
+        targets: float [n], on any scale.
+    Returns:
+        Scalar, the weighted mean over all two pairs of the batch.
+    """
+    weights = (targets[:, None] - targets).float().clamp(min=0)
+    terms = F.softplus(logits.float() - logits.float()[:, None])
+    return (weights * terms).sum() / weights.sum().clamp(min=1e-6)
+
+
+def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
     """Return the loss of step 3 (paper section 2.3): mean squared error of the cosine and the cross-encoder's score.
 
     Args:
@@ -162,7 +192,7 @@ def cosine_mse(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) 
     return F.mse_loss(F.cosine_similarity(first.float(), second.float(), dim=-1), scores.float())
 
 
-def cosine_bce(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def cosine_bce(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
     """Return the ablation of step 3: binary cross-entropy, with the cosine as the logit.
 
     A cosine reaches from -1 to 1, its sigmoid from 0.27 to 0.73 only: most scores are out of reach, and the paper
@@ -176,12 +206,155 @@ def cosine_bce(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor) 
     return F.binary_cross_entropy_with_logits(cosines, scores.float().clamp(0.0, 1.0))
 
 
+def scaled_bce(
+    first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor, scaling: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """Return binary cross-entropy with a logit that reaches every score: scale x cosine + bias.
+
+    Args:
+        first, second: float [n, d], embeddings of the two sentences of n pairs.
+        scores: float [n]; a cosine below 0 counts as 0.
+        scaling: float [2], the logarithm of the scale, and the bias; see `Scaling`.
+    """
+    cosines = F.cosine_similarity(first.float(), second.float(), dim=-1)
+    logits = scaling[0].exp() * cosines + scaling[1]
+    return F.binary_cross_entropy_with_logits(logits, scores.float().clamp(0.0, 1.0))
+
+
+def cosent(
+    first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor, temperature: float, **_: Any
+) -> torch.Tensor:
+    """Return CoSENT (Su 2022): the order of the cosines, as Spearman's correlation sees it, and not their values.
+
+    log(1 + sum over all two pairs of exp((cosine of the lower - cosine of the higher score) / temperature)).
+
+    Args:
+        first, second: float [n, d], embeddings of the two sentences of n pairs.
+        scores: float [n], on any scale; equal ones are not compared.
+    """
+    cosines = F.cosine_similarity(first.float(), second.float(), dim=-1) / temperature
+    in_order = scores[:, None] <= scores  # of the row's pair and the column's, which should be the lower one
+    terms = (cosines - cosines[:, None]).masked_fill(in_order, -torch.inf).flatten()
+    return torch.cat([terms.new_zeros(1), terms]).logsumexp(dim=0)
+
+
+def listwise(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    scores: torch.Tensor,
+    temperature: float,
+    anchors: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """Return the Kullback-Leibler divergence of the cosines of a first sentence's pairs from their scores.
+
+    Both become a distribution over these pairs, by a softmax with the temperature.
+
+    Args:
+        first, second: float [n, d], embeddings of the two sentences of n pairs.
+        scores: float [n].
+        anchors: int [n], equal for pairs with the same first sentence.
+    Returns:
+        Scalar, the mean over the pairs that are not alone with their first sentence.
+    """
+    apart = anchors[:, None] != anchors
+
+    def log_shares(values: torch.Tensor) -> torch.Tensor:
+        rows = (values.float() / temperature).expand(len(values), -1).masked_fill(apart, -torch.inf)
+        return rows.log_softmax(dim=-1).masked_fill(apart, 0.0)
+
+    cosines = F.cosine_similarity(first.float(), second.float(), dim=-1)
+    terms = F.kl_div(log_shares(cosines), log_shares(scores), log_target=True, reduction="none").sum(dim=-1)
+    return terms.sum() / ((~apart).sum(dim=-1) > 1).sum().clamp(min=1)
+
+
+def contrastive(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    scores: torch.Tensor,
+    temperature: float,
+    above: float,
+    anchors: torch.Tensor,
+    others: torch.Tensor,
+) -> torch.Tensor:
+    """Return InfoNCE over the pairs that a teacher finds alike: the second sentences of the batch are candidates.
+
+    Args:
+        first, second: float [n, d], embeddings of the two sentences of n pairs.
+        scores: float [n].
+        above: a pair counts whose score is higher.
+        anchors, others: int [n], which sentences they are: a pair that shares one with another is no candidate there.
+    Returns:
+        Scalar, the mean over these pairs; 0 where there is none.
+    """
+    first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
+    own = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    shared = ((anchors[:, None] == anchors) | (others[:, None] == others)) & ~own
+    cosines = (first @ second.T).masked_fill(shared, -torch.inf)
+    terms = -(cosines / temperature).log_softmax(dim=-1).diagonal()
+    alike = scores > above
+    return (terms * alike).sum() / alike.sum().clamp(min=1)
+
+
+class Scaling(nn.Module):
+    """Two numbers that a bi-encoder learns in training, for `scaled_bce`; as its head they are never saved.
+
+    They stand behind every embedding, so that every backend trains them as it does the model. The first cosines of 0.5
+    become scores of 0.5.
+    """
+
+    LEARNING_RATE = 1e-2  # at a language model's they would stay where they are
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor([math.log(10.0), -5.0]))
+        self.values.learning_rate = self.LEARNING_RATE
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return [n, d + 2] for [n, d]."""
+        return torch.cat([embeddings, self.values.expand(len(embeddings), 2)], dim=1)
+
+
+class CosineLoss:
+    """Compute the loss of step 3: one of `BI_LOSSES`, and a share of `contrastive`.
+
+    What compares pairs with one another does so within the micro-batch of one process.
+
+    Args:
+        name: a key of `BI_LOSSES`.
+        temperature: of the losses that have one.
+        contrastive_share: from 0 to 1; the other loss has the rest.
+        above: as of `contrastive`.
+    """
+
+    def __init__(self, name: str, temperature: float, contrastive_share: float = 0.0, above: float = 0.0):
+        self.name, self.temperature, self.share, self.above = name, temperature, contrastive_share, above
+
+    def head(self) -> nn.Module | None:
+        """Return what the loss puts on the bi-encoder in training."""
+        return Scaling() if self.name == "bce_scaled" else None
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the mean loss of a batch of `batches.SentencePairs`."""
+        first, second = model(**batch["inputs"]).chunk(2)
+        of_batch = {"temperature": self.temperature, "anchors": batch["anchors"]}
+        if self.name == "bce_scaled":
+            first, second, of_batch["scaling"] = first[:, :-2], second[:, :-2], first[0, -2:]
+        loss = BI_LOSSES[self.name].function(first, second, batch["scores"], **of_batch)
+        if self.share:
+            where = (self.temperature, self.above, batch["anchors"], batch["others"])
+            loss = (1 - self.share) * loss + self.share * contrastive(first, second, batch["scores"], *where)
+        return loss
+
+
 BCE, MSE = "binary cross-entropy with soft targets", "mean squared error"
 
 # Step 2: a loss takes the logits and the targets, float [n] both.
 CROSS_LOSSES = {
     "bce": Choice(soft_bce, "binary cross-entropy, the paper's", BCE),
     "mse": Choice(soft_mse, "mean squared error, the paper's ablation", MSE),
+    "margin_mse": Choice(margin_mse, "MSE of the differences between pairs", "mean squared error of margins"),
+    "pairwise_logistic": Choice(pairwise_logistic, "the order of every two pairs", "pairwise logistic loss"),
 }
 RESCALINGS = {
     "none": Choice(as_they_are, "as they are"),
@@ -192,8 +365,14 @@ NEGATIVES = {
     "clip": Choice(clipped, "they become 0"),
 }
 
-# Step 3: a loss takes the embeddings of both sentences, float [n, d], and the scores, float [n].
+# Step 3: a loss takes the embeddings of both sentences, float [n, d], the scores, float [n], and by name what else a
+# `CosineLoss` has.
 BI_LOSSES = {
     "mse": Choice(cosine_mse, "mean squared error, the paper's", MSE),
     "bce": Choice(cosine_bce, "binary cross-entropy, the paper's ablation", BCE),
+    "bce_scaled": Choice(scaled_bce, "the same with a learned scale and bias", f"{BCE}, a learned scale and bias"),
+    "cosent": Choice(cosent, "the order of every two pairs", "CoSENT"),
+    "listwise": Choice(
+        listwise, "KL divergence over the pairs with the same first sentence", "listwise Kullback-Leibler divergence"
+    ),
 }

@@ -101,7 +101,12 @@ class Trainer:
         self.micro_batches = arguments.count_micro_batches(len(rows.lengths), accelerator.num_processes)
         set_batch(accelerator, arguments.total_batch_size, self.micro_batches, arguments.max_grad_norm)
         self.sampler = LengthWindowSampler(
-            rows.lengths, arguments.total_batch_size, self.micro_batches, arguments.length_window, arguments.seed
+            rows.lengths,
+            arguments.total_batch_size,
+            self.micro_batches,
+            arguments.length_window,
+            arguments.seed,
+            getattr(rows, "groups", None),
         )
         self.total_steps = arguments.num_epochs * self.sampler.batches
         if arguments.max_steps:
@@ -346,10 +351,13 @@ class Trainer:
 
 
 def make_optimizer(model: nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """Return AdamW, fused; no weight decay on biases and norms."""
+    """Return AdamW, fused; no weight decay on biases and norms. A parameter may have a `learning_rate` of its own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [p for p in trained if hasattr(p, "learning_rate")]
+    trained = [p for p in trained if not hasattr(p, "learning_rate")]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": arguments.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        *({"params": [p], "weight_decay": 0.0, "lr": p.learning_rate} for p in own),
     ]
     return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=True)

@@ -245,6 +245,13 @@ class Cross2BiArguments(ModelArguments, LabelArguments, TrainingArguments):
     num_epochs: int = with_default(TrainingArguments, "num_epochs", 10, "Passes over the data (binary tasks: 15).")
     max_length: int = with_default(TrainingArguments, "max_length", 32, "Most tokens of a sentence.")
     loss: str = option("Loss on the cosine.", "mse", choices="transencoder.losses:BI_LOSSES")
+    temperature: float = option("Of cosent, listwise and --contrastive_share.", 0.05, positive=True)
+    contrastive_share: float = option(
+        "Share in the loss of InfoNCE, with the other second sentences of the batch as negatives.", 0.0, limits=(0, 1)
+    )
+    contrastive_above: float = option(
+        "The pairs whose score is higher are the positives of --contrastive_share.", 0.8, limits=(-1, 1)
+    )
     merge_with_start: str = option(
         "Mix the weights after training: (1 - a) x start + a x student. A number is a; dev and agreement choose among "
         "0, 0.25, 0.5, 0.75 and 1: by --dev, or by the teachers' scores of held-out pairs. Or off.",
