@@ -15,11 +15,10 @@ STAGE = "score_pairs"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
-from transencoder.data.pools import check_both_orders, is_ordered, read_pool
+from transencoder.data.pools import is_ordered, read_pool
 from transencoder.errors import one_line_errors
-from transencoder.labels import score_to_file
+from transencoder.labels import score_to_file, teachers_of
 from transencoder.model_checks import check_encoders
-from transencoder.scoring import Teachers
 from transencoder.stage import FileStage
 
 
@@ -28,20 +27,13 @@ def main(words: list[str] | None = None) -> None:
     stage = FileStage(STAGE, __doc__, words)
     arguments = stage.arguments
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
-    check_both_orders(arguments.both_orders, ordered)
     stage.start("scores", **({"ordered": True} if ordered else {}))
 
     check_encoders(arguments.encoders, stage.options)
     pairs = read_pool(arguments, arguments.drop_duplicates)
     stage.log(f"{len(pairs)} pairs")
 
-    teachers = Teachers(
-        arguments.encoders,
-        arguments.teacher_weights,
-        stage.options,
-        arguments.both_orders,
-        arguments.lexical_weight,
-    )
+    teachers = teachers_of(arguments, arguments.encoders, pairs, ordered)
     scores = score_to_file(teachers, pairs, stage.output, stage.inference, arguments.shard_rows, stage.metadata)
     bounds = f"from {scores.min():.3f} to {scores.max():.3f}, mean {scores.mean():.3f}"
     stage.log(f"{stage.output}: {len(scores)} scores {bounds}")

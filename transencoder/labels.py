@@ -6,19 +6,21 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.utils import set_seed
 
-from transencoder.config.arguments import LabelArguments
-from transencoder.data.pools import input_files, is_ordered, read_pool, swap_of
+from transencoder.config.arguments import LabelArguments, ScoringArguments
+from transencoder.data.pools import check_both_orders, input_files, is_ordered, read_pool, swap_of
 from transencoder.data.scores import is_made, read_metadata, write_scores
-from transencoder.data.tables import PAIRS, content_checksum, numbers, read_pairs
+from transencoder.data.tables import PAIRS, blocks, content_checksum, numbers, read_pairs, row_hashes
 from transencoder.data.tasks import Task
 from transencoder.errors import InputError
 from transencoder.inference import Inference
 from transencoder.model_checks import check_encoders
 from transencoder.model_files import model_options
+from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import HUB_COMMITS, code_version, identity
 from transencoder.runtime.shards import Shards
 from transencoder.runtime.waiting import wait_long
@@ -41,6 +43,8 @@ class StudentPairs:
 
     def __init__(self, arguments: LabelArguments, dev: Task | None):
         self.arguments, self.pairs = arguments, read_label_pairs(arguments, dev)
+        if arguments.teachers:
+            self.teachers = teachers_of(arguments, arguments.teachers, self.pairs, order_matters(arguments), dev)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -61,13 +65,13 @@ class StudentPairs:
         Teachers' scores are kept as teacher-scores.parquet in the output folder; the teachers are gone at the return.
         """
         arguments, labelled = self.arguments, self.pairs
-        if not arguments.scores:
+        if arguments.teachers:
             path = Path(arguments.output_dir) / "teacher-scores.parquet"
             metadata = identity(arguments, input_files(arguments))
             if arguments.overwrite or not is_made(path, metadata):
-                teachers = Teachers(arguments.teachers, arguments.teacher_weights, model_options(arguments))
-                score_to_file(teachers, self.pairs, path, inference, arguments.shard_rows, metadata)
+                score_to_file(self.teachers, self.pairs, path, inference, arguments.shard_rows, metadata)
             labelled = read_pairs([str(path)], "score")
+            check_label_range(str(path), labelled, arguments)
         set_seed(arguments.seed)  # teachers may have drawn numbers, and a new head is random
         return hold_out(labelled, arguments)
 
@@ -78,27 +82,95 @@ def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> data
     Raises:
         InputError: also for a score outside [-1, 1], neither a cosine nor a probability, and for the labels of `dev`.
     """
-    if not arguments.scores:
+    if arguments.teachers:
         check_encoders(arguments.teachers, model_options(arguments))
         return read_pool(arguments, drop_duplicates=True)
-    pairs = read_pairs([arguments.scores], "score", arguments)
+    (path,) = arguments.scores
+    pairs = read_pairs([path], "score", arguments)
+    check_label_range(path, pairs, arguments)
+    check_no_labels(path, pairs, dev)
+    return pairs
+
+
+def check_label_range(path: str, pairs: datasets.Dataset, arguments: LabelArguments) -> None:
+    """Raise `InputError` for a label outside [-1, 1], unless step 2 rescales them."""
+    if getattr(arguments, "rescale", "none") == "none":
+        check_range(path, pairs, "step 2 takes other scales with --rescale logistic")
+
+
+def check_range(path: str, pairs: datasets.Dataset, advice: str) -> None:
+    """Raise `InputError` with `advice` for a score outside [-1, 1]."""
     scores = numbers(pairs, "score")
     (outside,) = np.nonzero(np.abs(scores) > 1 + 1e-5)
-    if len(outside) and getattr(arguments, "rescale", "none") == "none":
+    if len(outside):
         row = outside[0]
         raise InputError(
-            f"{arguments.scores}: row {row + 1}: score {scores[row]} is not in [-1, 1], as cosines and "
-            "probabilities are; step 2 takes other scales with --rescale logistic"
+            f"{path}: row {row + 1}: score {scores[row]} is not in [-1, 1], as cosines and probabilities are; {advice}"
         )
-    check_no_labels(arguments.scores, pairs, dev)
-    return pairs
+
+
+def teachers_of(
+    arguments: LabelArguments | ScoringArguments,
+    names: list[str],
+    pairs: datasets.Dataset,
+    ordered: bool,
+    dev: Task | None = None,
+) -> Teachers:
+    """Return those who score `pairs`: encoders, and files of scores, which are read and matched to the pairs now.
+
+    Args:
+        names: the encoders.
+        ordered: whether (b, a) is another pair than (a, b).
+        dev: the set that the checkpoint is chosen on, whose labels must not be the scores.
+    Raises:
+        InputError: also for a file that has a score of no pair.
+    """
+    check_both_orders(arguments.both_orders, ordered)
+    return Teachers(
+        names,
+        arguments.teacher_weights,
+        model_options(arguments),
+        arguments.both_orders,
+        arguments.lexical_weight,
+        arguments.teacher_scale,
+        [_scores_in(path, pairs, ordered, arguments, dev) for path in arguments.scores or []],
+    )
+
+
+def _scores_in(
+    path: str, pairs: datasets.Dataset, ordered: bool, arguments: LabelArguments | ScoringArguments, dev: Task | None
+) -> np.ndarray:
+    """Return a file's scores of `pairs`, found by their text: float64 [pairs], NaN where it has none.
+
+    Where it has several of a pair, or of both its orders, their mean counts.
+    """
+    scored = read_pairs([path], "score", arguments)
+    if arguments.teacher_scale == "none":
+        check_range(path, scored, "beside other teachers, --teacher_scale rank or standard puts all on one scale")
+    check_no_labels(path, scored, dev)
+    known = pd.Series(numbers(scored, "score")).groupby(_keys(scored, ordered)).mean()
+    found = known.reindex(_keys(pairs, ordered)).to_numpy()
+    matched = np.count_nonzero(~np.isnan(found))
+    if not matched:
+        raise InputError(
+            f"--scores {path}: none of its {len(scored)} pairs is to be scored; they are told by their text"
+        )
+    log(f"{path}: scores of {matched} of {len(pairs)} pairs")
+    return found
+
+
+def _keys(pairs: datasets.Dataset, ordered: bool) -> np.ndarray:
+    """Return a number by which equal pairs are known, in either order unless `ordered`: uint64 [pairs]."""
+    orders = [PAIRS] if ordered else [PAIRS, PAIRS[::-1]]
+    parts = [np.min([row_hashes(block.select(list(order))) for order in orders], axis=0) for _, block in blocks(pairs)]
+    return np.concatenate(parts)
 
 
 def order_matters(arguments: LabelArguments) -> bool:
     """Return whether a student's training pairs must not be swapped, which files of scores say of their pairs."""
     if arguments.pairs:
         return is_ordered(arguments.pairs, arguments.extra_pairs)
-    path = Path(arguments.scores)
+    path = Path(arguments.scores[0])
     return path.suffix == ".parquet" and path.is_file() and bool((read_metadata(path) or {}).get("ordered"))
 
 

@@ -133,6 +133,18 @@ def clipped(scores: np.ndarray) -> np.ndarray:
     return scores.clip(0.0, 1.0)
 
 
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Return where each score stands among all: float64 [n], above 0 and below 1; equal scores have the same rank."""
+    from scipy import stats  # its import takes a second
+
+    return (stats.rankdata(scores) - 0.5) / len(scores)
+
+
+def standard_scores(scores: np.ndarray) -> np.ndarray:
+    """Return the distances from the mean, in standard deviations: float64 [n]; 0 where all are equal."""
+    return (scores - scores.mean(dtype=np.float64)) / (scores.std(dtype=np.float64) or 1.0)
+
+
 def soft_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the loss of step 2 (paper section 2.2): binary cross-entropy of the logit and the bi-encoder's score.
 
@@ -359,6 +371,14 @@ CROSS_LOSSES = {
 RESCALINGS = {
     "none": Choice(as_they_are, "as they are"),
     "logistic": Choice(logistic, "sigmoid of twice the standard score, which spreads them"),
+}
+SCALES = {
+    "none": Choice(as_they_are, "scores as they are"),
+    "rank": Choice(ranks, "a score's rank among all, from 0 to 1"),
+    "standard": Choice(
+        standard_scores,
+        "distance from the mean in standard deviations; the mean of all becomes logistic, as --rescale",
+    ),
 }
 NEGATIVES = {
     "shift": Choice(shifted, "map [lowest, 1] to [0, 1], so that no difference is lost"),

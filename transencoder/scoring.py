@@ -1,5 +1,6 @@
 """Encoders and pairs -> scores, sharded over processes; a bi-encoder sees each sentence once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -13,6 +14,7 @@ from transencoder.embeddings import comparable, device_similarities, embed, embe
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.inference import Inference
 from transencoder.lexical import lexical_scores
+from transencoder.losses import SCALES, logistic
 from transencoder.model_files import NO_OPTIONS, ModelOptions
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.optional import load_optional
@@ -90,14 +92,16 @@ class PreparedPairs:
 
 @dataclass
 class Teachers:
-    """Encoders whose mean score is taken. This mean is all there is to mutual distillation.
+    """Whoever scores pairs, and the mean of the scores: self- and mutual distillation, and teachers from outside.
 
     Args:
         names: folders or Hub ids of bi- and cross-encoders.
-        weights: of the encoders in the mean, in any unit; equal by default.
+        weights: of the encoders, then of `given`, in any unit; equal by default.
         options: how they are read.
         both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
         lexical_weight: share of `lexical_scores` in the score.
+        scale: a key of `losses.SCALES`, on which scores are put before the mean.
+        given: other tools' scores of the pairs, of a single set: float [pairs] each, NaN for a pair without one.
     """
 
     names: list[str]
@@ -105,6 +109,8 @@ class Teachers:
     options: ModelOptions = NO_OPTIONS
     both_orders: bool = False
     lexical_weight: float = 0.0
+    scale: str = "none"
+    given: Sequence[np.ndarray] = ()
 
     def __post_init__(self) -> None:
         if self.lexical_weight:
@@ -112,7 +118,8 @@ class Teachers:
 
     def shares(self) -> np.ndarray:
         """Return the weights as parts of one."""
-        weights = np.ones(len(self.names)) if self.weights is None else np.asarray(self.weights)
+        size = len(self.names) + len(self.given)
+        weights = np.ones(size) if self.weights is None else np.asarray(self.weights)
         return weights / weights.sum()
 
     def score(self, sets: list[datasets.Dataset], inference: Inference) -> list[np.ndarray]:
@@ -121,13 +128,14 @@ class Teachers:
         Args:
             inference: its shards, if it has them, are for a single set.
         """
-        totals = [np.zeros(len(pairs)) for pairs in sets]
-        for number, (name, share) in enumerate(zip(self.names, self.shares(), strict=True)):
+        means = [Mean(len(pairs), self.scale) for pairs in sets]
+        shares = (1 - self.lexical_weight) * self.shares()
+        for number, (name, share) in enumerate(zip(self.names, shares, strict=False)):
             encoder = inference.load(name, self.options)
             if encoder.kind == "bi" and encoder.similarity != "cosine":
                 log(f"{name}: its scores are by {encoder.similarity}, as it says, not cosines")
             title = f"Scoring with {encoder.name}"
-            for total, pairs in zip(totals, sets, strict=True):
+            for mean, pairs in zip(means, sets, strict=True):
                 both = self.both_orders and encoder.kind == "cross"
                 orders = [pairs, swapped(pairs)] if both else [pairs]
                 for swap, order in enumerate(orders):
@@ -137,10 +145,36 @@ class Teachers:
                     else:
                         scores = prepared.score_in_shards(inference, title, f"encoder-{number}-{swap}")
                     check_scores(name, scores)
-                    total += share / len(orders) * scores
-        if weight := self.lexical_weight:
-            totals = [(1 - weight) * total + weight * lexical_scores(p) for total, p in zip(totals, sets, strict=True)]
-        return [total.astype(np.float32) for total in totals]
+                    mean.add(scores, share / len(orders))
+        for scores, share in zip(self.given, shares[len(self.names) :], strict=True):
+            means[0].add(scores, share)
+        if self.lexical_weight:
+            for mean, pairs in zip(means, sets, strict=True):
+                mean.add(lexical_scores(pairs), self.lexical_weight)
+        return [mean.scores() for mean in means]
+
+
+class Mean:
+    """The weighted mean of several teachers' scores, each on the same scale; a pair's is over those that scored it.
+
+    Args:
+        size: how many pairs there are.
+        scale: a key of `losses.SCALES`.
+    """
+
+    def __init__(self, size: int, scale: str):
+        self.scale, self.total, self.weights = scale, np.zeros(size), np.zeros(size)
+
+    def add(self, scores: np.ndarray, weight: float) -> None:
+        """Take a teacher in. `scores`: float [pairs], NaN for those that it has not scored."""
+        there = ~np.isnan(scores)
+        self.total[there] += weight * SCALES[self.scale].function(scores[there])
+        self.weights[there] += weight
+
+    def scores(self) -> np.ndarray:
+        """Return the mean, float32 [pairs]; from 0 to 1 on the scales that are not "none"."""
+        mean = self.total / self.weights
+        return (logistic(mean) if self.scale == "standard" else mean).astype(np.float32)
 
 
 def score_texts(

@@ -240,7 +240,9 @@ def test_a_recipe_that_is_not_there_or_no_text_is_told_in_one_line(capsys, tmp_p
     ("words", "expected"),
     [
         ([], "give either --scores FILE or --teachers ENCODER --pairs FILE"),
-        (["--scores", "s", "--teachers", "t", "--pairs", "p"], "give either --scores FILE or --teachers"),
+        (["--scores", "s", "t"], "--scores: several files are teachers of --pairs, beside --teachers"),
+        (["--scores", "s", "--teacher_scale", "rank"], "--teacher_scale, --both_orders and --lexical_weight go with"),
+        (["--teachers", "t", "--pairs", "p", "--scores", "s", "--teacher_weights", "1"], "for each of 2 teacher(s)"),
         (["--teachers", "t"], "--teachers and --pairs go together"),
         (["--scores", "s", "--pairs", "p"], "--teachers and --pairs go together"),
     ],

@@ -293,7 +293,7 @@ def test_plain_self_distillation_leaves_the_cross_encoder_out(recipe, tmp_path):
     assert scripts == ["train_contrastive", "train_contrastive", "evaluate_encoders", *cycle, *cycle]
     students = [arguments for script, arguments in commands if script == "distill_cross2bi.py"]
     assert [student["scores"] for student in students] == [
-        str(run / f"cycle-{i}" / "bi-scores.parquet") for i in (1, 1, 2, 2)
+        [str(run / f"cycle-{i}" / "bi-scores.parquet")] for i in (1, 1, 2, 2)
     ]
     assert {student["model_name_or_path"] for student in students} == {
         str(run / "contrastive" / name) for name in ("one", "two")

@@ -608,14 +608,14 @@ def test_scores_that_are_neither_cosines_nor_probabilities_are_refused_with_thei
     path = tmp_path / "scores.tsv"
     path.write_text(f"sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\t{score}\ne\tf\t7\n")
     with pytest.raises(InputError) as caught:
-        read_label_pairs(label_arguments(scores=str(path)))
+        read_label_pairs(label_arguments(scores=[str(path)]))
     assert str(caught.value) == f"{path}: row 2: score {float(score)} is not in [-1, 1], {SCALES}"
 
 
 def test_scores_up_to_rounding_are_taken_and_repeats_kept(tmp_path):
     path = tmp_path / "scores.csv"
     path.write_text("q1,sentence2,score\na,b,1\na,b,-1\nc,d,1.000001\ne,f,-1.000001\n")
-    table = read_label_pairs(label_arguments(scores=str(path), columns=["sentence1=q1"]))
+    table = read_label_pairs(label_arguments(scores=[str(path)], columns=["sentence1=q1"]))
     assert table["sentence1"][:] == ["a", "a", "c", "e"]
     assert table["score"][:] == [1, -1, 1.000001, -1.000001]
 

@@ -300,7 +300,7 @@ def test_flags_that_cannot_work_are_refused(tiny_bert, corpus, tmp_path, run_scr
     words += ["--output", tmp_path / "out.parquet"]
     for weights in ([1, 2], [0], ["nan"]):
         given = ["--teacher_weights", *weights]
-        refused(run_script("score_pairs.py", *words, *given), "--teacher_weights", "one positive number", "1 encoder")
+        refused(run_script("score_pairs.py", *words, *given), "--teacher_weights", "one positive number", "1 teacher")
     words = ["--encoders", tiny_bert, "--tasks", f"mine={corpus / 'dev.jsonl'}", "--output_dir", tmp_path / "out"]
     words += ["--pooling", "mean"]
     refused(run_script("evaluate_encoders.py", *words, "--paper", "bert"), "--paper", "no 'bert'", "declutr/self")

@@ -184,26 +184,73 @@ class PoolArguments:
 
 
 @dataclass
-class LabelArguments(ShardArguments, PoolArguments):
+class TeacherArguments(EncoderArguments):
+    """Options of the mean of several teachers' scores."""
+
+    GROUP = "teachers"
+
+    scores: list[str] | None = option(
+        "File(s) of other tools' scores (sentence1, sentence2, score): further teachers. They are matched to --pairs "
+        "by text, and need not have all of them: a pair's mean is over the teachers that scored it.",
+        None,
+    )
+    teacher_weights: list[float] | None = option(
+        "Weights in the mean: of the encoders, then of the files of --scores. Default: equal.", None
+    )
+    teacher_scale: str = option("Each teacher's scores before the mean.", "none", choices="transencoder.losses:SCALES")
+    both_orders: bool = option(
+        "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
+    )
+    lexical_weight: float = option(
+        "Share of the pairs' TF-IDF cosine (character n-grams) in the score; the teachers' mean has the rest.",
+        0.0,
+        limits=(0, 1),
+    )
+
+    def check_weights(self, encoders: list[str] | None) -> None:
+        """Raise `InputError` unless there is a positive weight for each teacher."""
+        weights, teachers = self.teacher_weights, len(encoders or []) + len(self.scores or [])
+        if weights is not None and (len(weights) != teachers or not all(0 < weight < math.inf for weight in weights)):
+            shown = " ".join(map(str, weights))
+            raise InputError(
+                f"--teacher_weights {shown}: must be one positive number for each of {teachers} teacher(s)"
+            )
+
+
+@dataclass
+class LabelArguments(TeacherArguments, ShardArguments, PoolArguments):
     """Options of a student's pseudo-labels: a file of scores, or teachers that score the pairs first."""
 
     GROUP = "labels: --scores, or --teachers and --pairs"
 
-    scores: str | None = option("Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them.", None)
-    teachers: list[str] | None = option("Instead of --scores: encoder(s) that score --pairs first.", None)
+    scores: list[str] | None = with_default(
+        TeacherArguments,
+        "scores",
+        None,
+        "Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them. With --teachers: file(s) of other "
+        "tools' scores, which are further teachers, matched to --pairs by text; they need not have all of them.",
+    )
+    teachers: list[str] | None = option("Encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs, as score_pairs.py takes them.", None)
-    teacher_weights: list[float] | None = option("With --teachers: their weights in the mean. Default: equal.", None)
     num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500, limits=(2, None))
 
     def __post_init__(self) -> None:
-        if bool(self.scores) == bool(self.teachers):
+        if not (self.scores or self.teachers):
             raise InputError("give either --scores FILE or --teachers ENCODER --pairs FILE")
         if bool(self.teachers) != bool(self.pairs):
             raise InputError("--teachers and --pairs go together")
-        if self.scores and (self.extra_pairs or self.num_training_pairs):
-            raise InputError("--num_training_pairs and --extra_pairs go with --teachers, or with score_pairs.py")
+        if not self.teachers:
+            if len(self.scores) > 1:
+                raise InputError("--scores: several files are teachers of --pairs, beside --teachers")
+            if self.extra_pairs or self.num_training_pairs:
+                raise InputError("--num_training_pairs and --extra_pairs go with --teachers, or with score_pairs.py")
+            if self.teacher_weights or self.teacher_scale != "none" or self.both_orders or self.lexical_weight:
+                raise InputError(
+                    "--teacher_weights, --teacher_scale, --both_orders and --lexical_weight go with --teachers, or "
+                    "with score_pairs.py"
+                )
         super().__post_init__()
-        check_weights(self.teacher_weights, len(self.teachers or []))
+        self.check_weights(self.teachers)
 
 
 @dataclass
@@ -232,7 +279,7 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
 
 
 @dataclass
-class Cross2BiArguments(ModelArguments, LabelArguments, TrainingArguments):
+class Cross2BiArguments(LabelArguments, TrainingArguments):
     """Options of step 3."""
 
     GROUP = "the bi-encoder"
@@ -273,7 +320,7 @@ class Cross2BiArguments(ModelArguments, LabelArguments, TrainingArguments):
 
 
 @dataclass
-class ScoringArguments(EncoderArguments, ShardArguments, PoolArguments, StageArguments):
+class ScoringArguments(TeacherArguments, ShardArguments, PoolArguments, StageArguments):
     """Options of labelling, and of scoring a file."""
 
     GROUP = "scoring"
@@ -290,24 +337,15 @@ class ScoringArguments(EncoderArguments, ShardArguments, PoolArguments, StageArg
     output: str = option(
         "Parquet file to write: sentence1, sentence2, score, in the order of the input.", identity=False
     )
-    both_orders: bool = option(
-        "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
-    )
-    lexical_weight: float = option(
-        "Share of the pairs' TF-IDF cosine (character n-grams) in the score; the encoders' mean has the rest.",
-        0.0,
-        limits=(0, 1),
-    )
     drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
     keep: list[str] | None = option(
         "Columns of the files to have in the output, too, such as id; with them come the rows' numbers.", None
     )
-    teacher_weights: list[float] | None = option("Weights of the encoders in the mean. Default: equal.", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_keep(self.keep, ("sentence1", "sentence2", "score", "row"))
-        check_weights(self.teacher_weights, len(self.encoders))
+        self.check_weights(self.encoders)
 
 
 @dataclass
@@ -367,10 +405,3 @@ class EvaluationArguments(EncoderArguments, ReportArguments, StageArguments):
     def __post_init__(self) -> None:
         if self.ensemble and self.with_ensembles:
             raise InputError("--ensemble and --with_ensembles exclude one another")
-
-
-def check_weights(weights: list[float] | None, encoders: int) -> None:
-    """Raise `InputError` unless there is a positive weight for each encoder."""
-    if weights is not None and (len(weights) != encoders or not all(0 < weight < math.inf for weight in weights)):
-        shown = " ".join(map(str, weights))
-        raise InputError(f"--teacher_weights {shown}: must be one positive number for each of {encoders} encoder(s)")

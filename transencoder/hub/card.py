@@ -208,9 +208,11 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         sha = labels.get("inputs", {}).get(teacher)
         lines.append(f"Teacher: {called(teacher, content)}" + (f", SHA-256 of its weights `{sha}`" if sha else ""))
     if len(teachers) > 1:
-        weights = labels.get("teacher_weights")
+        weights = (labels.get("teacher_weights") or [])[: len(teachers)]
         weighted = f", with the weights {', '.join(map(str, weights))}" if weights else ""
         lines.append(f"It learned the teachers' mean score{weighted} (mutual distillation).")
+    for path in labels.get("scores") or []:
+        lines.append(f"Another teacher's scores: `{Path(path).name}`")
     if labels.get("lexical_weight"):
         lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
     if labels.get("both_orders") and run["stage"] == "distill_cross2bi":
@@ -320,8 +322,9 @@ def label_metadata(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     if "scores" not in arguments:
         return {}
     places = [model / "teacher-scores.parquet"]
-    if arguments["scores"]:
-        places = [model.parents[1] / Path(arguments["scores"]).name, Path(arguments["scores"])]
+    if not arguments.get("teachers"):
+        (scores,) = arguments["scores"]
+        places = [model.parents[1] / Path(scores).name, Path(scores)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return {"rows": 0, "encoders": arguments.get("teachers") or []}
@@ -333,7 +336,7 @@ def label_metadata(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:
     """Return the files and Hub ids of the training text."""
     named = labels.get("pairs") or arguments.get("pairs") if labels else arguments["sentences"]
-    return named or [arguments["scores"]]
+    return named or arguments["scores"]
 
 
 def options_table(run: dict[str, Any]) -> str:

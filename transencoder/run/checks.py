@@ -1,14 +1,17 @@
 """Everything a recipe names, read before any work begins."""
 
+import dataclasses
+
 from transencoder.config.arguments import ScoringArguments
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
 from transencoder.config.stages import STAGES
 from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
+from transencoder.data.tables import read_pairs
 from transencoder.data.tasks import Task, load_task
 from transencoder.errors import InputError
-from transencoder.model_checks import check_bi_encoder, check_language_model
-from transencoder.model_files import model_options
+from transencoder.model_checks import check_bi_encoder, check_encoders, check_language_model
+from transencoder.model_files import ModelOptions, model_options
 from transencoder.run.plan import TRAINING_STAGES, Plan, Student
 from transencoder.runtime.accelerator import trackers
 from transencoder.search.mix import parse_mix, read_sides, wanted_pairs
@@ -25,7 +28,16 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
             check_bi_encoder(student.bi_encoder, options)
         else:
             check_language_model(student.plm)
-    pairs = len(read_pool(labelling, drop_duplicates=True)) if plan.pairs else _pairs_to_mine(plan, recipe_path)
+    _check_teachers(plan, options)
+    if plan.pairs:
+        pool = read_pool(labelling, drop_duplicates=True)
+        if labelling.scores:
+            from transencoder.labels import teachers_of  # its import takes seconds
+
+            teachers_of(labelling, [], pool, _ordered(plan))  # are the files of scores about these pairs?
+        pairs = len(pool)
+    else:
+        pairs = _pairs_to_mine(plan, recipe_path)
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
         sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, labelling))
@@ -33,6 +45,15 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
     _check_apart(load_task(plan.dev, plan.data_dir, labelling) if plan.dev else None, tasks, recipe_path)
     for student in plan.students:
         _check_options(student, plan, recipe_path, sentences, pairs)
+
+
+def _check_teachers(plan: Plan, options: ModelOptions) -> None:
+    """Refuse teachers that cannot score pairs."""
+    for teacher in plan.teachers:
+        if teacher.model:
+            check_encoders([teacher.model], dataclasses.replace(options, label=teacher.label or options.label))
+        else:
+            read_pairs([teacher.scores], "score")
 
 
 def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
@@ -78,6 +99,9 @@ def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
     words = _stand_ins("score_pairs", recipe_path, len(plan.students))
     labelling = parse_stage("score_pairs", argv=[*words, *(["--pairs", *plan.pool_words] if plan.pairs else [])])
     check_both_orders(labelling.both_orders, _ordered(plan))
+    if plan.teachers and (labelling.teacher_weights or labelling.scores):
+        raise InputError(f"--recipe {recipe_path}: {DRIVER}.teachers has the weights and the files of scores itself")
+    labelling.scores = labelling.scores or [teacher.scores for teacher in plan.teachers if teacher.scores]
     return labelling
 
 

@@ -4,6 +4,7 @@ recipe.yaml plan.jsonl                               what is run
 contrastive/STUDENT/                                 step 1
 start/{results.json,pair-scores.parquet}             what the start measures
 cycle-N/pairs.parquet                                mined pairs
+cycle-N/teacher-scores/NUMBER-NAME.parquet           scores of a model that is no student's
 cycle-N/{bi,cross}-scores.parquet                    labels
 cycle-N/{cross,bi}-encoder/STUDENT/                  steps 2 and 3
 cycle-N/{results.json,pair-scores.parquet}           what the cycle measures
@@ -75,6 +76,10 @@ class Layout:
     def scores(self, cycle: int, kind: str) -> Path:
         """Return the labels that the encoders of a kind make in a cycle."""
         return self.cycle(cycle) / f"{kind}-scores.parquet"
+
+    def teacher_scores(self, cycle: int, number: int, model: str) -> Path:
+        """Return the scores of a teacher from outside, of the pairs that a cycle begins to train on."""
+        return self.cycle(cycle) / "teacher-scores" / f"{number}-{Path(model).name}.parquet"
 
     def results(self, cycle: int) -> Path:
         """Return what a cycle's encoders measure."""

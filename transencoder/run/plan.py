@@ -1,6 +1,7 @@
 """What the driver reads from a recipe: which models, which data, how many cycles."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ class Student:
 
 
 @dataclass
+class OutsideTeacher:
+    """Whoever scores the pairs beside the students' own encoders, in each cycle and before both distillations.
+
+    Args:
+        model: a bi- or cross-encoder: folder or Hub id.
+        scores: instead of it a file of another tool's scores, matched to the pairs by their text.
+        weight: in the mean, in which each student's encoder has 1.
+        label: of a classifier with several, such as entailment.
+    """
+
+    model: str | None = None
+    scores: str | None = None
+    weight: float = 1.0
+    label: str | None = None
+
+
+@dataclass
 class Plan:
     """The recipe's `run_transencoder` section.
 
@@ -63,6 +81,7 @@ class Plan:
             "carry_over", their own weights of the cycle before (ablation).
         alternate: False leaves the cross-encoder out: bi-encoders learn from bi-encoders (ablation).
         paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
+        teachers: who scores the pairs, too.
         stop_at: no further cycle once its labels agree with those of the cycle before so much (Spearman, 0 to 1).
     """
 
@@ -82,6 +101,7 @@ class Plan:
     alternate: bool = True
     paper: dict[str, str] = dataclasses.field(default_factory=dict)
     stop_at: float | None = None
+    teachers: list[OutsideTeacher] = dataclasses.field(default_factory=list)
 
     @property
     def measures(self) -> bool:
@@ -114,7 +134,14 @@ def load_plan(recipe: dict[str, Any], where: str) -> Plan:
     students = section.pop("students", None)
     if not isinstance(students, list) or not students or not all(isinstance(item, dict) for item in students):
         raise InputError(f"{where}: {DRIVER}.students must be a list of models (name, plm)")
-    plan = _build(Plan, {**section, "students": [_build(Student, item, where) for item in students]}, where)
+    teachers = section.pop("teachers", None) or []
+    if not isinstance(teachers, list) or not all(isinstance(item, dict) for item in teachers):
+        raise InputError(f"{where}: {DRIVER}.teachers must be a list, each with a model or with scores")
+    parts = {
+        "students": [_build(Student, item, where) for item in students],
+        "teachers": [_build(OutsideTeacher, item, where) for item in teachers],
+    }
+    plan = _build(Plan, {**section, **parts}, where)
     for name in LISTS:
         if isinstance(getattr(plan, name), str):
             setattr(plan, name, [getattr(plan, name)])
@@ -137,6 +164,12 @@ def _check_kinds(plan: Plan, where: str) -> None:
     words = [(name, getattr(plan, name)) for name in ("dev", "data_dir")]
     for student in plan.students:
         words += [(name, getattr(student, name)) for name in ("name", "plm", "bi_encoder", "cross_encoder_plm")]
+    for teacher in plan.teachers:
+        words += [(f"teachers.{name}", getattr(teacher, name)) for name in ("model", "scores", "label")]
+        if bool(teacher.model) == bool(teacher.scores) or (teacher.label and not teacher.model):
+            raise InputError(f"{where}: {DRIVER}.teachers: each has a model, perhaps with a label, or scores")
+        if type(teacher.weight) not in (int, float) or not 0 < teacher.weight < math.inf:
+            raise InputError(f"{where}: {DRIVER}.teachers.weight must be a positive number, not {teacher.weight!r}")
     for name, value in words:
         if not isinstance(value, str | None):
             raise InputError(f"{where}: {name} must be a name, not {value!r}")

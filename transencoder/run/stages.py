@@ -63,6 +63,8 @@ class _Planner:
         # The newest encoders of all students.
         self.bi = [student.bi_encoder or self.encoder(0, "bi", student) for student in plan.students]
         self.cross: list[str] = []
+        # Of the teachers from outside, which score the same pairs once.
+        self.given: list[str] = []
         # What the students of the next cycle begin with.
         self.bi_starts = self.bi
         self.cross_starts = [student.cross_encoder_plm or student.plm or "" for student in plan.students]
@@ -104,6 +106,8 @@ class _Planner:
             words = ["--encoders", *self.bi, *sides, *self.data, "--output", output]
             yield self.stage(cycle, "mine pairs", "mine_pairs.py", output, words, self.first)
             self.pairs = [output]
+        if cycle == 1 or plan.remine:
+            yield from self.ask_teachers(cycle)
         yield self.label(cycle, "bi", self.bi)
         labels = layout.scores(cycle, "bi")
         if plan.alternate:
@@ -115,10 +119,27 @@ class _Planner:
             self.bi_starts, self.cross_starts = self.bi, self.cross
         yield from self.measure(cycle, "measure", [*self.cross, *self.bi])
 
+    def ask_teachers(self, cycle: int) -> Iterator[Stage]:
+        """Yield the scoring of the pairs with each encoder that is no student's."""
+        self.given = []
+        for number, teacher in enumerate(self.plan.teachers, start=1):
+            if teacher.model is None:
+                self.given.append(teacher.scores)
+                continue
+            output = str(self.layout.teacher_scores(cycle, number, teacher.model))
+            words = ["--encoders", teacher.model, "--pairs", *self.pairs, "--drop_duplicates", "--output", output]
+            alone = {"label": teacher.label, "teacher_weights": 1, "teacher_scale": "none", "lexical_weight": 0.0}
+            title = f"label with {Path(teacher.model).name}"
+            yield self.stage(cycle, title, "score_pairs.py", output, [*words, *as_options(alone)], self.first)
+            self.given.append(output)
+
     def label(self, cycle: int, kind: str, encoders: list[str]) -> Stage:
-        """Return the scoring of the pairs with the encoders' mean."""
+        """Return the scoring of the pairs with the mean of the encoders and of the teachers from outside."""
         output = str(self.layout.scores(cycle, kind))
         words = ["--encoders", *encoders, "--pairs", *self.pairs, "--drop_duplicates", "--output", output]
+        if self.given:
+            weights = [1.0] * len(encoders) + [float(teacher.weight) for teacher in self.plan.teachers]
+            words += as_options({"scores": self.given, "teacher_weights": weights})
         return self.stage(cycle, f"label with the {kind}-encoder", "score_pairs.py", output, words, self.first)
 
     def train(self, cycle: int, kind: str, labels: Path) -> Iterator[Stage]:

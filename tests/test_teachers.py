@@ -1,0 +1,194 @@
+"""Teachers of every kind: encoders, files of other tools' scores, shared strings; and their mean."""
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import random_pairs, save_telling_encoders, write_jsonl
+
+from transencoder.config.parsing import parse_stage
+from transencoder.data.formats import write_rows
+from transencoder.data.tables import PAIRS, read_pairs
+from transencoder.errors import InputError
+from transencoder.labels import teachers_of
+from transencoder.losses import ranks, standard_scores
+from transencoder.run.plan import load_plan
+from transencoder.run.stages import read_stages
+from transencoder.scoring import Mean
+
+ROWS = [("how late", "how is my parcel"), ("pay my order", "cancel it"), ("the app", "a plan"), ("not late", "late")]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [dict(zip(PAIRS, row, strict=True)) for row in ROWS]
+    return read_pairs([str(write_jsonl(tmp_path / "pairs.jsonl", rows))])
+
+
+def given(tmp_path, pairs, rows, *words, suffix=".csv", ordered=False):
+    """The scores of `pairs` in a file with `rows`: sentences and score."""
+    path = tmp_path / f"scores{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_dict(dict(zip((*PAIRS, "score"), zip(*rows, strict=True), strict=True))).to_parquet(path)
+    else:
+        write_rows(path, [*PAIRS, "score"], rows)
+    words = ["--encoders", "e", "--pairs", "p", "--output", "o", "--scores", str(path), *words]
+    return teachers_of(parse_stage("score_pairs", argv=words), ["e"], pairs, ordered).given[0]
+
+
+def test_ranks_and_standard_scores():
+    # Of four scores the middles of the quarters; the two equal ones share the middle of both.
+    assert ranks(np.array([0.9, 0.1, 0.5, 0.5])).tolist() == [0.875, 0.125, 0.5, 0.5]
+    # Mean 2, deviation sqrt((1 + 1 + 0 + 0) / 4)
+    assert standard_scores(np.array([1.0, 3.0, 2.0, 2.0])) == pytest.approx([-(2**0.5), 2**0.5, 0, 0])
+    assert standard_scores(np.full(3, 0.1, dtype=np.float32)).tolist() == [0, 0, 0]
+
+
+def test_a_pairs_mean_is_over_the_teachers_that_scored_it():
+    mean = Mean(3, "none")
+    mean.add(np.array([0.1, 0.2, 0.3]), 3.0)
+    mean.add(np.array([0.5, np.nan, 0.7]), 1.0)
+    # (3 x 0.1 + 0.5) / 4, 0.2 alone, (3 x 0.3 + 0.7) / 4
+    assert mean.scores() == pytest.approx([0.2, 0.2, 0.4])
+
+
+def test_scores_on_any_scale_are_put_on_one():
+    ours, theirs = np.array([0.61, 0.6, 0.62, 0.63]), np.array([np.nan, 1.0, 5.0, 3.0])
+    mean = Mean(4, "rank")
+    mean.add(ours, 1.0)
+    mean.add(theirs, 1.0)
+    # Ranks 3/8, 1/8, 5/8, 7/8 and -, 1/6, 5/6, 3/6
+    assert mean.scores() == pytest.approx([3 / 8, 7 / 48, 35 / 48, 33 / 48])
+    mean = Mean(4, "standard")
+    mean.add(ours, 1.0)
+    # Standard scores -0.447214, -1.341641, 0.447214, 1.341641; sigmoids of twice them
+    assert mean.scores() == pytest.approx([0.290193, 0.063967, 0.709807, 0.936033], abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_file_of_scores_is_matched_by_text_in_either_order(tmp_path, pairs, suffix, capsys):
+    first, second = ROWS[0], ROWS[1]
+    rows = [("not", "ours", 0.5), (*second[::-1], 0.25), (*first, 0.75), (*first[::-1], 0.25), (*first, 0.5)]
+    found = given(tmp_path, pairs, rows, suffix=suffix)
+    np.testing.assert_allclose(found, [0.5, 0.25, np.nan, np.nan])  # the mean of what it has of a pair
+    assert "scores of 2 of 4 pairs" in capsys.readouterr().err
+    found = given(tmp_path, pairs, rows, suffix=suffix, ordered=True)
+    np.testing.assert_allclose(found, [0.625, np.nan, np.nan, np.nan])
+
+
+def test_a_file_of_scores_that_cannot_be_used_is_refused(tmp_path, pairs):
+    with pytest.raises(InputError, match=r"scores.csv: none of its 2 pairs is to be scored"):
+        given(tmp_path, pairs, [("a", "b", 0.5), ("c", "d", 0.6)])
+    rows = [(*ROWS[0], 0.5), (*ROWS[1], 4.0)]
+    with pytest.raises(InputError, match=r"row 2: score 4.0 is not in \[-1, 1\].*--teacher_scale rank or standard"):
+        given(tmp_path, pairs, rows)
+    assert given(tmp_path, pairs, rows, "--teacher_scale", "rank")[1] == 4.0
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_bert, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    save_telling_encoders(folder, tiny_bert)
+    return [folder / "bi", folder / "cross"]
+
+
+def test_labels_are_the_mean_of_encoders_files_and_strings(encoders, tmp_path, run_script):
+    """What score_pairs.py writes is what a distillation makes of the same options."""
+    rows = [{name: row[name] for name in (*PAIRS, "score")} for row in random_pairs(24)]
+    pairs, theirs = write_jsonl(tmp_path / "pairs.jsonl", rows), write_jsonl(tmp_path / "theirs.jsonl", rows[::2])
+
+    def score(name, *words):
+        path = tmp_path / f"{name}.parquet"
+        result = run_script("score_pairs.py", "--pairs", pairs, "--output", path, "--mixed_precision", "no", *words)
+        assert result.returncode == 0, result.stderr
+        return pq.read_table(path)["score"].to_numpy()
+
+    bi, cross = (score(encoder.name, "--encoders", encoder) for encoder in encoders)
+    mixed = ["--scores", theirs, "--teacher_scale", "rank", "--teacher_weights", 2, 1, 1]
+    found = score("all", "--encoders", *encoders, *mixed)
+    other = np.full(24, np.nan)
+    other[::2] = ranks(np.array([row["score"] for row in rows[::2]]))
+    weights = np.array([[2.0], [1.0], [1.0]]) * ~np.isnan([bi, cross, other])
+    expected = (weights * np.nan_to_num([ranks(bi), ranks(cross), other])).sum(axis=0) / weights.sum(axis=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert ((found > 0) & (found < 1)).all()
+
+    words = ["--teachers", *encoders, "--pairs", pairs, *mixed, "--total_batch_size", 8, "--max_steps", 1]
+    words += ["--model_name_or_path", encoders[0], "--output_dir", tmp_path / "student", "--mixed_precision", "no"]
+    result = run_script("distill_cross2bi.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert (pq.read_table(tmp_path / "student" / "teacher-scores.parquet")["score"].to_numpy() == found).all()
+
+
+def recipe_with(teachers, encoders, tiny_bert, pairs) -> dict:
+    student = {"name": "one", "bi_encoder": str(encoders[0]), "plm": str(tiny_bert)}
+    stage = {"total_batch_size": 8, "max_steps": 1}
+    return {
+        "common": {"mixed_precision": "no"},
+        "run_transencoder": {"students": [student], "pairs": str(pairs), "cycles": 1, "teachers": teachers},
+        "score_pairs": {"both_orders": True, "lexical_weight": 0.25, "teacher_scale": "rank"},
+        "distill_bi2cross": stage,
+        "distill_cross2bi": stage,
+    }
+
+
+def test_a_recipes_teachers_score_the_pairs_once_and_count_in_both_distillations(
+    encoders, tiny_bert, tmp_path, run_script
+):
+    rows = [{name: row[name] for name in (*PAIRS, "score")} for row in random_pairs(24)]
+    pairs, theirs = write_jsonl(tmp_path / "pairs.jsonl", rows), write_jsonl(tmp_path / "theirs.jsonl", rows[::2])
+    teachers = [{"model": str(encoders[1]), "weight": 2}, {"scores": str(theirs)}]
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(recipe_with(teachers, encoders, tiny_bert, pairs)))
+    for script, words in (("plan_run.py", ["--recipe", recipe, "--output_dir", run]), ("run_stages.py", [run])):
+        result = run_script(script, *words)
+        assert result.returncode == 0, result.stderr
+    stages = read_stages(run / "plan.jsonl")
+    assert [stage.script for stage in stages].count("score_pairs.py") == 3
+    theirs_alone, bi, cross = (
+        pq.read_table(stage.output)["score"].to_numpy() for stage in stages if stage.script == "score_pairs.py"
+    )
+    words = ["--pairs", pairs, "--both_orders", "--encoders", encoders[1], "--output", tmp_path / "alone.parquet"]
+    assert run_script("score_pairs.py", *words, "--mixed_precision", "no").returncode == 0
+    alone = pq.read_table(tmp_path / "alone.parquet")["score"].to_numpy()
+    np.testing.assert_array_equal(theirs_alone, alone)  # without the recipe's scale and lexical weight
+    assert np.corrcoef(bi, cross)[0, 1] > 0.5  # what is the same in both
+
+
+@pytest.mark.parametrize(
+    ("teachers", "expected"),
+    [
+        ("cross", "must be a list, each with a model or with scores"),
+        ([{"weight": 1}], "each has a model, perhaps with a label, or scores"),
+        ([{"model": "m", "scores": "s.csv"}], "each has a model"),
+        ([{"scores": "s.csv", "label": "entailment"}], "each has a model"),
+        ([{"model": "m", "weight": 0}], "teachers.weight must be a positive number, not 0"),
+        ([{"model": 3}], "teachers.model must be a name, not 3"),
+        ([{"modell": "m"}], "unknown key 'modell'"),
+    ],
+)
+def test_bad_teachers_of_a_recipe_are_refused(teachers, expected):
+    recipe = recipe_with(teachers, ["b", "c"], "m", "p")
+    with pytest.raises(InputError, match=expected):
+        load_plan(recipe, "r")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"teacher_weights": [1]}, "teachers has the weights and the files of scores itself"),
+        ({}, "none of its 2 pairs is to be scored"),
+    ],
+)
+def test_teachers_that_do_not_go_with_the_pairs_are_refused_before_any_work(
+    change, expected, encoders, tiny_bert, tmp_path, run_script
+):
+    pairs, theirs = (write_jsonl(tmp_path / f"{n}.jsonl", random_pairs(n, n)) for n in (24, 2))
+    recipe = recipe_with([{"scores": str(theirs)}], encoders, tiny_bert, pairs)
+    recipe["score_pairs"] |= change
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = run_script("plan_run.py", "--recipe", path, "--output_dir", tmp_path / "run")
+    assert result.returncode == 2 and expected in result.stderr
+    assert not (tmp_path / "run").exists()
