@@ -57,7 +57,7 @@ def disk_use(folder: Path) -> int:
 
 def phase_of(parts: Path) -> str:
     """Return the last phase that has left a shard."""
-    drawn = {int(path.name.split("-")[1]) for path in parts.glob("drawn-*.npy")}
+    drawn = {int(path.name.split("-")[1]) for path in parts.glob("drawn-*.npz")}
     kinds = {DEFAULT_MIX[number].partition(":")[0] for number in drawn}
     return "by vectors" if "nearest" in kinds else "by words" if kinds else "encoding"
 
@@ -86,7 +86,7 @@ class Watch:
         memory, used = self.process.memory_info(), self.process.cpu_times()
         now = {"rss": memory.rss, "anonymous": memory.rss - memory.shared, "disk": disk_use(self.folder)}
         self.peaks = {name: max(peak, now[name]) for name, peak in self.peaks.items()}
-        files = len(list(self.parts.glob("*.npy")))
+        files = len(list(self.parts.glob("*.npz")))
         if files > self.files:
             self.files, self.ends[phase_of(self.parts)] = files, used.user + used.system
 

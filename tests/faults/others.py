@@ -69,7 +69,7 @@ def full_disk(lane: Lane, disk: Path, run: Path, **variables: str) -> Iterator[S
         assert not wrong, wrong
         if run.is_relative_to(disk):
             shutil.rmtree(run)
-        left = [path for path in disk.rglob("*") if path.is_file() and path.suffix not in (".arrow", ".npy")]
+        left = [path for path in disk.rglob("*") if path.is_file() and path.suffix not in (".arrow", ".npy", ".json")]
         assert not left, left
 
 

@@ -170,6 +170,20 @@ def test_lexical_pairs_share_words_within_their_part(tmp_path, accelerator, monk
         mine(tmp_path / "none", accelerator, alone, (circle(3),) * 2, ["lexical=1"], [5]).mine()
 
 
+def test_sentences_of_a_script_without_spaces_have_lexical_pairs(tmp_path, accelerator):
+    """As many as are wanted, each of two sentences that begin or end alike."""
+    subjects, verbs = (
+        ["账号密码", "退款申请", "会员订阅", "我的包裹", "信用卡", "应用程序"],
+        ["还没有收到", "怎么取消", "打不开了", "如何修改", "为什么失败"],
+    )
+    ends = ["请帮忙", "谢谢", "上个月", "昨天下午", "急"]
+    sides, points = one_side(a + b + c for a in subjects for b in verbs for c in ends), circle(150)
+    keys, _ = mine(tmp_path, accelerator, sides, (points, points), ["lexical:1-5=1"], [120]).mine()
+    first, second = texts_of(sides, keys, np.random.default_rng(0))
+    assert len(keys) == 120
+    assert all(one[:2] == other[:2] or one[-1] == other[-1] for one, other in zip(first, second, strict=True))
+
+
 def test_what_was_drawn_before_a_crash_is_not_looked_for_again(tmp_path, accelerator, monkeypatch):
     monkeypatch.setattr(mining, "QUERIES", 8)
     sides, points = one_side(f"s{i}" for i in range(30)), circle(30)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import faiss
@@ -379,6 +380,20 @@ def test_exact_repeats_come_first_with_rows_and_ids_by_a_bi_encoder_alone(bi_enc
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {row["kind"] for row in rows} == {"similar"} and sorted(row["row"] for row in rows) == [1, 2, 3, 4, 5, 6]
     assert result.stdout.startswith("threshold  groups  sentences  just above it\n     0.95")
+
+
+def test_how_many_sentences_are_cut_is_said(bi_encoder, cross_encoder, tmp_path, run_script):
+    """Mails with one introduction, longer than the 64 tokens that the model reads."""
+    (tmp_path / "mails.txt").write_text(
+        "".join(f"{'how do i pay ' * 20}{end}\n" for end in ("refund", "plan", "")) + "a\n"
+    )
+    words = ["--bi_encoder", bi_encoder, "--cross_encoder", cross_encoder, "--sentences", tmp_path / "mails.txt"]
+    result = run_script("find_duplicates.py", *words, "--output", tmp_path / "out.csv", "--threshold", 0.5)
+    assert "3 of 4 sentences are cut: longer than 64 tokens" in result.stderr, result.stderr
+    assert re.search(r"\d of \d pairs are cut: longer than 64 tokens", result.stderr)
+    result = run_script("search.py", *words, "--index", tmp_path / "index", "--query", "how do i pay " * 20)
+    assert "3 of 4 sentences are cut: longer than 64 tokens" in result.stderr
+    assert "what is longer than 64 tokens is cut, as some of these texts are" in result.stderr
 
 
 def test_scores_of_a_cross_encoder_are_kept_until_the_output_is_there(
