@@ -17,7 +17,7 @@ from transencoder.data.tables import read_pairs
 from transencoder.embeddings import embed_texts
 from transencoder.encoders import load_encoder
 from transencoder.inference import Inference
-from transencoder.search import neighbours
+from transencoder.search import index, neighbours
 from transencoder.search.clusters import candidate_pairs, communities, sweep
 from transencoder.search.index import Hit, grown, load_index, partners, recall, reciprocal_ranks
 
@@ -214,6 +214,23 @@ def test_vectors_of_other_sentences_are_not_reused_after_a_kill(words, bi_encode
             run_script("find_duplicates.py", *models, *given)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(*map(np.array, seen))
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_again(words, tmp_path, run_script, monkeypatch):
+    for text, kept in (("one\ntwo\n", "old"), ("one\ntwo\nthree\n", "new")):
+        (tmp_path / "text.txt").write_text(text)
+        given = [*words[:4], "--index", tmp_path / kept, "--sentences", tmp_path / "text.txt", "--query", "q"]
+        assert run_script("search.py", *given).returncode == 0
+    checksum, done = index._checksum, []
+
+    def replaced(folder):
+        if not done:
+            done.append((tmp_path / "old").rename(tmp_path / "older"))
+            (tmp_path / "new").rename(tmp_path / "old")
+        return checksum(folder)
+
+    monkeypatch.setattr(index, "_checksum", replaced)
+    assert len(load_index(tmp_path / "old")) == 3 and done
 
 
 def test_one_sentence_is_added_and_more_results_than_there_are_are_all(words, tmp_path, run_script):

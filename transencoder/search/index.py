@@ -130,7 +130,7 @@ def check_index(folder: Path, bi_encoder: str, options: ModelOptions, keep: list
         return False
     try:
         metadata = read_json(folder / METADATA_FILE)
-        made_by, kept = {"model": metadata["model"], "prompts": metadata["prompts"]}, metadata.get("keep", [])
+        made_by, kept = {"model": metadata["model"], "prompts": metadata["prompts"]}, list(metadata.get("keep", []))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--index {folder}: not an index that search.py made; choose another folder") from error
     now = index_metadata(bi_encoder, options)
@@ -145,7 +145,7 @@ def check_index(folder: Path, bi_encoder: str, options: ModelOptions, keep: list
             f"--index {folder}: made with the prompts {prompts}; give the same, or make one in another folder"
         )
     if keep is not None and keep != kept:
-        made = f"--keep {' '.join(kept)}" if kept else "no --keep"
+        made = f"--keep {' '.join(map(str, kept))}" if kept else "no --keep"
         raise InputError(f"--index {folder}: made with {made}; give the same, or make one in another folder")
     return True
 
@@ -158,13 +158,16 @@ def check_searchable(encoder: BiEncoder) -> None:
 
 def load_index(folder: Path) -> SentenceIndex:
     """Open an index: vectors in clusters and sentences stay on disk."""
-    faiss = load_optional("faiss")
+    faiss, reason = load_optional("faiss"), None
     try:
-        whole = read_json(folder / METADATA_FILE).get("checksum") in (None, _checksum(folder))  # older ones have none
-        if whole:
+        metadata = read_json(folder / METADATA_FILE)
+        if whole := metadata.get("checksum") in (None, _checksum(folder)):  # older ones have none
             vectors = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP)
-            return SentenceIndex(vectors, feather.read_table(folder / SENTENCES_FILE, memory_map=True))
-        reason = None
+            found = SentenceIndex(vectors, feather.read_table(folder / SENTENCES_FILE, memory_map=True))
+        if read_json(folder / METADATA_FILE) != metadata:  # replaced in between
+            return load_index(folder)
+        if whole:
+            return found
     except (RuntimeError, OSError, pa.ArrowException) as error:
         reason = error
     raise InputError(f"--index {folder}: damaged; delete it and make it again from --sentences") from reason
