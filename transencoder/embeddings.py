@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from transencoder.data.tables import MAPPED_BYTES, RANDOM_ROWS, release_pages
 from transencoder.data.tokens import TokenRows
@@ -14,6 +15,7 @@ from transencoder.errors import writing
 from transencoder.inference import Inference
 
 SIMILARITY_ROWS = RANDOM_ROWS // 2  # pairs whose vectors are gathered at a time
+NEAREST_ROWS, NEAREST_COLUMNS = 1024, 65536  # cosines that are taken at a time: 256 MB
 
 
 def embed(sources: list[tuple[BiEncoder, list[TokenRows]]], path: Path, inference: Inference) -> np.ndarray:
@@ -97,3 +99,37 @@ def device_similarities(
 def embed_texts(encoder: BiEncoder, texts: list[str], inference: Inference, side: int = 0) -> np.ndarray:
     """Return the vectors of a few texts, float32 [texts, d], `comparable`; without any file."""
     return comparable(inference.run_texts(encoder, texts, side=side).numpy(), encoder.similarity)
+
+
+@torch.inference_mode()
+def smoothed(vectors: np.ndarray, neighbours: int, device: torch.device) -> np.ndarray:
+    """Return vectors that their neighbourhood speaks for, too: sentences that mean the same have the same neighbours.
+
+    A vector becomes itself, less the mean of all, plus the mean of its nearest `neighbours` (by the cosine, without
+    itself). It takes sentences x sentences x d multiplications.
+
+    Args:
+        vectors: float [sentences, d], of distinct sentences.
+        neighbours: fewer than there are sentences.
+        device: where it is computed.
+    Returns:
+        float32 [sentences, d], of unit length.
+    """
+    centred = torch.tensor(np.asarray(vectors, np.float32), device=device)
+    centred = F.normalize(centred - centred.mean(dim=0), dim=1)
+    found = torch.empty_like(centred)
+    for start in range(0, len(centred), NEAREST_ROWS):
+        rows = torch.arange(start, min(start + NEAREST_ROWS, len(centred)), device=device)
+        best = torch.empty(len(rows), 0, device=device)
+        places = torch.empty(len(rows), 0, dtype=torch.long, device=device)
+        for first in range(0, len(centred), NEAREST_COLUMNS):
+            cosines = centred[rows] @ centred[first : first + NEAREST_COLUMNS].T
+            inside = (rows >= first) & (rows < first + NEAREST_COLUMNS)
+            cosines[inside, rows[inside] - first] = -torch.inf
+            top = cosines.topk(min(neighbours, cosines.shape[1]))
+            best = torch.cat([best, top.values], dim=1)
+            places = torch.cat([places, top.indices + first], dim=1)
+            best, kept = best.topk(min(neighbours, best.shape[1]))
+            places = places.gather(1, kept)
+        found[rows] = F.normalize(centred[rows] + centred[places].mean(dim=1), dim=1)
+    return found.cpu().numpy()
