@@ -4,18 +4,22 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from accelerate import Accelerator
 from conftest import random_pairs, save_telling_encoders, write_jsonl
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.formats import write_rows
 from transencoder.data.tables import PAIRS, read_pairs
+from transencoder.embeddings import embed_texts, smoothed
 from transencoder.errors import InputError
+from transencoder.inference import Inference
 from transencoder.labels import teachers_of
 from transencoder.losses import ranks, standard_scores
 from transencoder.run.plan import load_plan
 from transencoder.run.stages import read_stages
-from transencoder.scoring import Mean
+from transencoder.scoring import Mean, Teachers
 
 ROWS = [("how late", "how is my parcel"), ("pay my order", "cancel it"), ("the app", "a plan"), ("not late", "late")]
 
@@ -192,3 +196,22 @@ def test_teachers_that_do_not_go_with_the_pairs_are_refused_before_any_work(
     result = run_script("plan_run.py", "--recipe", path, "--output_dir", tmp_path / "run")
     assert result.returncode == 2 and expected in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bi_encoder_can_compare_neighbourhoods(tmp_path, pairs, tiny_bert):
+    save_telling_encoders(tmp_path, tiny_bert)
+    bi, cross = str(tmp_path / "bi"), str(tmp_path / "cross")
+    inference = Inference(Accelerator(), 4096)
+
+    def scores(neighbours, name=bi, **kwargs):
+        return Teachers([name], neighbours=neighbours, **kwargs).score([pairs], inference)[0]
+
+    encoder = inference.load(bi)
+    sentences = sorted({text for row in ROWS for text in row})
+    vectors = smoothed(embed_texts(encoder, sentences, inference), 2, torch.device("cpu"))
+    places = [[sentences.index(text) for text in side] for side in zip(*ROWS, strict=True)]
+    expected = (vectors[places[0]] * vectors[places[1]]).sum(axis=1)
+    assert scores(2) == pytest.approx(expected, abs=1e-5)
+    assert np.abs(scores(2) - scores(0)).max() > 1e-3
+    assert scores(2, cross) == pytest.approx(scores(0, cross))
+    assert np.isfinite(scores(1000)).all()  # more than there are sentences

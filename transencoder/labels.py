@@ -133,6 +133,7 @@ def teachers_of(
         arguments.both_orders,
         arguments.lexical_weight,
         arguments.teacher_scale,
+        arguments.smooth_neighbours,
         [_scores_in(path, pairs, ordered, arguments, dev) for path in arguments.scores or []],
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from transencoder.data.tables import PAIRS, SENTENCES
 from transencoder.data.tokens import swapped, tokenize, unique_sentences
-from transencoder.embeddings import comparable, device_similarities, embed, embed_texts, similarities
+from transencoder.embeddings import comparable, device_similarities, embed, embed_texts, similarities, smoothed
 from transencoder.encoders import BiEncoder, CrossEncoder
 from transencoder.inference import Inference
 from transencoder.lexical import lexical_scores
@@ -41,10 +41,11 @@ class PreparedPairs:
 
     Args:
         pairs: columns sentence1 and sentence2.
+        neighbours: of each sentence among all, over which a bi-encoder's vectors are smoothed; see `smoothed`.
     """
 
-    def __init__(self, encoder: BiEncoder | CrossEncoder, pairs: datasets.Dataset):
-        self.encoder = encoder
+    def __init__(self, encoder: BiEncoder | CrossEncoder, pairs: datasets.Dataset, neighbours: int = 0):
+        self.encoder, self.neighbours = encoder, neighbours
         if encoder.kind == "bi":
             sides, self.first, self.second = sides_of(encoder, pairs)
             self.tokens = [tokenize(some, SENTENCES, encoder.preprocessor(n)) for n, some in enumerate(sides)]
@@ -66,9 +67,9 @@ class PreparedPairs:
         model.train(training)
         if self.encoder.kind == "cross":
             return self.encoder.activate(outputs.cpu()).numpy()
-        if outputs.device.type != "cpu":
+        if outputs.device.type != "cpu" and not self.neighbours:
             return device_similarities(outputs, self.first, self.second, self.encoder.similarity)
-        return self._compare(comparable(outputs.numpy(), self.encoder.similarity))
+        return self._compare(comparable(outputs.cpu().numpy(), self.encoder.similarity), inference)
 
     def score_in_shards(self, inference: Inference, title: str, name: str) -> np.ndarray:
         """Return the same scores, for any number of pairs: all but them lies on disk.
@@ -80,13 +81,15 @@ class PreparedPairs:
             outputs = inference.by_shard(self.encoder, *self.tokens, title, name)
             return np.concatenate([self.encoder.activate(torch.from_numpy(shard)).numpy() for shard in outputs])
         path, accelerator = inference.shards.folder / f"{name}.vec", inference.accelerator
-        scores = self._compare(embed([(self.encoder, self.tokens)], path, inference))
+        scores = self._compare(embed([(self.encoder, self.tokens)], path, inference), inference)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             path.unlink()
         return scores
 
-    def _compare(self, vectors: np.ndarray) -> np.ndarray:
+    def _compare(self, vectors: np.ndarray, inference: Inference) -> np.ndarray:
+        if self.neighbours:
+            vectors = smoothed(vectors, min(self.neighbours, len(vectors) - 1), inference.accelerator.device)
         return similarities(vectors, self.first, self.second, self.encoder.similarity)
 
 
@@ -101,6 +104,7 @@ class Teachers:
         both_orders: a cross-encoder's score is the mean of those of (a, b) and (b, a).
         lexical_weight: share of `lexical_scores` in the score.
         scale: a key of `losses.SCALES`, on which scores are put before the mean.
+        neighbours: as of `PreparedPairs`.
         given: other tools' scores of the pairs, of a single set: float [pairs] each, NaN for a pair without one.
     """
 
@@ -110,6 +114,7 @@ class Teachers:
     both_orders: bool = False
     lexical_weight: float = 0.0
     scale: str = "none"
+    neighbours: int = 0
     given: Sequence[np.ndarray] = ()
 
     def __post_init__(self) -> None:
@@ -139,7 +144,7 @@ class Teachers:
                 both = self.both_orders and encoder.kind == "cross"
                 orders = [pairs, swapped(pairs)] if both else [pairs]
                 for swap, order in enumerate(orders):
-                    prepared = PreparedPairs(encoder, order)
+                    prepared = PreparedPairs(encoder, order, self.neighbours)
                     if inference.shards is None:
                         scores = prepared.score(encoder, inference, title)
                     else:

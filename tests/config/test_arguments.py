@@ -241,7 +241,7 @@ def test_a_recipe_that_is_not_there_or_no_text_is_told_in_one_line(capsys, tmp_p
     [
         ([], "give either --scores FILE or --teachers ENCODER --pairs FILE"),
         (["--scores", "s", "t"], "--scores: several files are teachers of --pairs, beside --teachers"),
-        (["--scores", "s", "--teacher_scale", "rank"], "--teacher_scale, --both_orders and --lexical_weight go with"),
+        (["--scores", "s", "--teacher_scale", "rank"], "--teacher_scale goes with --teachers, or with score_pairs.py"),
         (["--teachers", "t", "--pairs", "p", "--scores", "s", "--teacher_weights", "1"], "for each of 2 teacher(s)"),
         (["--teachers", "t"], "--teachers and --pairs go together"),
         (["--scores", "s", "--pairs", "p"], "--teachers and --pairs go together"),

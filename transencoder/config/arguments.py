@@ -206,6 +206,12 @@ class TeacherArguments(EncoderArguments):
         0.0,
         limits=(0, 1),
     )
+    smooth_neighbours: int = option(
+        "Bi-encoders compare neighbourhoods: each vector, less the mean of all, plus the mean of its so many nearest "
+        "among the pairs' sentences. For questions that are the same or not, 20; not for graded similarity. 0: off.",
+        0,
+        limits=(0, 1000),
+    )
 
     def check_weights(self, encoders: list[str] | None) -> None:
         """Raise `InputError` unless there is a positive weight for each teacher."""
@@ -244,11 +250,9 @@ class LabelArguments(TeacherArguments, ShardArguments, PoolArguments):
                 raise InputError("--scores: several files are teachers of --pairs, beside --teachers")
             if self.extra_pairs or self.num_training_pairs:
                 raise InputError("--num_training_pairs and --extra_pairs go with --teachers, or with score_pairs.py")
-            if self.teacher_weights or self.teacher_scale != "none" or self.both_orders or self.lexical_weight:
-                raise InputError(
-                    "--teacher_weights, --teacher_scale, --both_orders and --lexical_weight go with --teachers, or "
-                    "with score_pairs.py"
-                )
+            for name in ("teacher_weights", "teacher_scale", "both_orders", "lexical_weight", "smooth_neighbours"):
+                if getattr(self, name) != getattr(TeacherArguments, name):
+                    raise InputError(f"--{name} goes with --teachers, or with score_pairs.py")
         super().__post_init__()
         self.check_weights(self.teachers)
 
