@@ -53,6 +53,8 @@ def models(tiny_bert, bi_encoder, tmp_path):
     for parameter in student.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     student.save_pretrained(tmp_path / "student")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/run.json").write_text("{}")
     return SimpleNamespace(start=bi_encoder, student=tmp_path / "student", output=tmp_path / "output")
 
 
@@ -88,6 +90,7 @@ def test_a_given_share_is_taken(models, inference, tmp_path):
     for name, value in weights(models.output).items():
         torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * student[name])
     load_bi_encoder(str(models.output))
+    assert "model.safetensors" in json.loads((models.output / "run.json").read_text())["files"]
 
 
 def test_a_choice_that_cannot_be_made_is_refused():
