@@ -322,6 +322,19 @@ def test_where_a_start_was_made_here_no_label_went_into_it(server, run):
     assert "Merged with its start: weights 0.75 x start + 0.25 x student, which was the best on the dev set" in text
 
 
+def test_a_teacher_from_outside_is_named_in_place_of_a_promise(server, run, bi_encoder, tmp_path):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for teacher, name in (({"scores": "llm.csv"}, "llm.csv"), ({"model": str(bi_encoder)}, "bi")):
+        recipe["run_transencoder"]["teachers"] = [teacher]
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        (bi, _) = releases.run_repositories(run, TARGET)
+        (tmp_path / name).mkdir()
+        bi.main.write(tmp_path / name, TARGET)
+        text = (tmp_path / name / "README.md").read_text()
+        assert f"Made from `tiny-bert`, taught by `{name}`, without further labels by" in text
+        assert "unsupervised" not in text and "single label" not in text
+
+
 def test_labels_that_came_after_the_run_are_known(server, run):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     del recipe["run_transencoder"]["dev"], recipe["run_transencoder"]["tasks"]

@@ -77,7 +77,9 @@ def _repository(
     kind = own[0].kind
     name = repository_id(target, plan, student.name, kind)
     base = student.cross_encoder_plm or student.plm if kind == "cross" else student.bi_encoder or student.plm
-    labelled = labelled_start([base, *([student.bi_encoder] if student.bi_encoder else [])])
+    taught_by = [student.bi_encoder, *(teacher.model for teacher in plan.teachers)]
+    given = [Path(teacher.scores).name for teacher in plan.teachers if teacher.scores]  # by who knows what
+    labelled = labelled_start([base, *filter(None, taught_by)]) or next(iter(given), None)
     start = next(r for r in rounds if r.cycle == 0 and r.student == student.name)
     best, dev = best_round(own, kind), dev_of(rounds)
     why = f"the best on `{dev}` of these tags" if dev else "the latest of these tags"
