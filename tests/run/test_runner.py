@@ -3,17 +3,21 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from accelerate import PartialState
+from datasets import Dataset
 
 from transencoder.config.parsing import parse_stage
+from transencoder.data.scores import write_scores
 from transencoder.errors import BrokenRun
 from transencoder.run import runner
 from transencoder.run.completion import is_complete
@@ -23,7 +27,7 @@ from transencoder.run.runner import Runner
 from transencoder.run.stages import make_stages, read_stages, write_stages
 from transencoder.runtime.files import write_json
 from transencoder.runtime.locks import unlock
-from transencoder.runtime.records import claim, identity
+from transencoder.runtime.records import claim, content, identity
 
 STUDENTS = [{"name": "one", "plm": "a"}, {"name": "two", "plm": "b"}]
 
@@ -113,6 +117,96 @@ def test_a_launch_does_what_is_not_done_yet_and_overwrites_what_comes_after(run,
         ("cycle 2: bi-encoder of one", True),
         ("cycle 2: measure", True),
     ]
+
+
+@pytest.fixture
+def noted(run, tmp_path):
+    """A run whose stages note their inputs, as real ones do: pairs.tsv is read by both stages that label."""
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("a\tb")
+
+    def call(stage, words):
+        layout = Layout(run)
+        inputs = {
+            layout.scores(1, "bi"): [pairs, layout.encoder(0, "bi", "one")],
+            layout.encoder(1, "cross", "one"): [layout.scores(1, "bi")],
+            layout.scores(1, "cross"): [pairs, layout.encoder(1, "cross", "one")],
+        }.get(Path(stage.output), [])
+        noted = {"inputs": {str(path): content(path) for path in inputs}}
+        call.done.append(stage.title)
+        call.before(stage)
+        make(stage.output)
+        if stage.output.endswith(".parquet"):
+            write_scores(Path(stage.output), Dataset.from_dict(PAIR), np.ones(1, "float32"), noted)
+        elif "encoder" in stage.output or "contrastive" in stage.output:
+            (Path(stage.output) / "model.safetensors").write_text(call.weights)
+            write_json(Path(stage.output) / "run.json", {"status": "complete", "arguments": noted})
+
+    call.weights, call.done, call.before, call.pairs = "first", [], lambda stage: None, pairs
+    assert launch(run, call, {"cycles": 1}) == "summarize" and len(call.done) == 7
+    call.done.clear()
+    return call
+
+
+PAIR = {"sentence1": ["a"], "sentence2": ["b"]}
+AGAIN = ["label with the bi-encoder", "cross-encoder of one", "label with the cross-encoder", "bi-encoder of one"]
+
+
+def test_what_changed_since_a_stage_read_it_ends_the_run(run, noted):
+    assert launch(run, noted, {"cycles": 1}) == "summarize" and not noted.done
+    noted.pairs.write_text("a\tc")
+    why = rf"{noted.pairs} has changed since: .*bi-scores.parquet was made from it; .* choose another --output_dir"
+    with pytest.raises(BrokenRun, match=why):
+        launch(run, noted, {"cycles": 1})
+    assert not noted.done
+    noted.pairs.write_text("a\tb")
+    assert launch(run, noted, {"cycles": 1}) == "summarize"
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_what_was_made_anew_makes_what_follows_anew(run, noted, monkeypatch):
+    """Also where a kill came in between: the second launch knows nothing of the first one."""
+    shutil.rmtree(Layout(run).encoder(0, "bi", "one"))
+    noted.weights = "second"
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "free_stage", interrupt)  # right behind the stage
+        launch(run, noted, {"cycles": 1})
+    noted.done.clear()
+    launch(run, noted, {"cycles": 1})
+    assert noted.done == [f"cycle 1: {title}" for title in [*AGAIN, "measure"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["contrastive/one/model.safetensors", "start/results.json", "cycle-1/bi-scores.parquet"]
+)
+def test_a_flipped_bit_in_what_a_stage_made_ends_the_run(run, noted, name):
+    path = run / name
+    whole = path.read_bytes()
+    place = min(9, len(whole) - 1)
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(
+        BrokenRun, match=f"{name}: damaged, or changed since it was made; put it back, or delete .*{name[:9]}"
+    ):
+        launch(run, noted, {"cycles": 1})
+    path.write_bytes(whole)
+    assert launch(run, noted, {"cycles": 1}) == "summarize" and not noted.done
+
+
+def test_an_input_that_changes_during_a_run_ends_it(run, noted):
+    shutil.rmtree(run)
+
+    def change(stage):
+        if stage.title == "cycle 1: cross-encoder of one":
+            noted.pairs.write_text("a\tc")
+
+    noted.before = change
+    with pytest.raises(BrokenRun, match=rf"{noted.pairs} has changed since, while the run was under way"):
+        launch(run, noted, {"cycles": 1})
+    assert noted.done[-1] == "cycle 1: label with the cross-encoder"
 
 
 def test_what_a_kill_left_beside_a_complete_output_is_removed(run):
@@ -248,9 +342,9 @@ def test_an_output_is_complete_when_all_of_it_is_there(tmp_path):
     assert not is_complete(folder)
     (folder / "model.safetensors").touch()
     assert is_complete(folder)
-    for content in ('{"status": "running"}', '{"status": "comp', "[]", ""):
-        (folder / "run.json").write_text(content)
-        assert not is_complete(folder), content
+    for text in ('{"status": "running"}', '{"status": "comp', "[]", ""):
+        (folder / "run.json").write_text(text)
+        assert not is_complete(folder), text
     make(file)
     assert is_complete(file)
     file.write_bytes(file.read_bytes()[:-9])

@@ -96,3 +96,7 @@ class Layout:
     def outcome(self, student: str | None) -> Path:
         """Return where run_stages.py tells the driver what to do next, and students one another that they failed."""
         return self.run / (f".outcome-{student}" if student else ".outcome")
+
+    def checksums(self, student: str | None) -> Path:
+        """Return where run_stages.py notes what is in the files that the stages made."""
+        return self.run / (f".checksums-{student}" if student else ".checksums")

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
 from transencoder.errors import BrokenRun, InputError
-from transencoder.run.completion import is_complete, label_agreement, tidy
+from transencoder.run.completion import Checksums, is_complete, label_agreement, tidy
 from transencoder.run.layout import Layout
 from transencoder.run.plan import Plan
 from transencoder.run.stages import Stage
@@ -80,6 +80,7 @@ class Runner:
         self.is_first_student = student in (None, plan.students[0].name)
         self.total, self.place, self.remade = len(stages), remade, remade > 0
         self.once, self.did_one = once, False
+        self.checksums, self.made = Checksums(run, self.layout.checksums(student)), None
         self.waits_since: float | None = None
         self.pusher: subprocess.Popen | None = None
 
@@ -127,6 +128,9 @@ class Runner:
         """Return the next step; on the main process only."""
         try:
             lock(self.layout.run / (self.student or ""))  # a launch whose driver was killed goes on by itself
+            if self.made:
+                self.checksums.add(self.made)
+                self.made = None
             while self.place < len(self.stages):
                 stage, output = self.stages[self.place], Path(self.stages[self.place].output)
                 if self.student not in (None, stage.owner):
@@ -136,7 +140,12 @@ class Runner:
                     log("The next stage has a launch of its own: FSDP and DeepSpeed are set up once in a process.")
                     return Step("end", outcome=f"again {self.place}")
                 elif self.remade or not is_complete(output):
+                    self.checksums.forget(output)
                     return Step("stage", stage, overwrite=self.remade and output.exists())
+                elif self.checksums.check(output):
+                    self.say(f"{stage.title}: again, as what it was made from was made anew")
+                    self.checksums.forget(output)
+                    return Step("stage", stage, overwrite=True)
                 else:
                     self.say(f"{stage.title}: done before")
                     tidy(output)
@@ -215,6 +224,7 @@ class Runner:
         if self.state.is_main_process:
             self.say(f"{stage.title}: {time.monotonic() - began:.0f} s")
             self.did_one = self.remade = True  # what comes after was made from what is now made anew
+            self.made = Path(stage.output)
             self.advance()
 
     def complain(self, stage: Stage, code: object) -> None:
