@@ -55,8 +55,9 @@ def test_command_line_goes_before_the_script_section_before_common_before_the_de
 
 def test_a_path_in_the_home_folder_may_be_written_with_a_tilde(recipe, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    path = recipe('evaluate_encoders: {encoders: ["~/bi", "a~/b"], tasks: ["g=~/g.tsv"]}\n')
-    arguments = parse_stage("evaluate_encoders", argv=["--recipe", path, "--output_dir=~/out"])
+    path = recipe('evaluate_encoders: {tasks: ["g=~/g.tsv"]}\n')
+    words = ["--encoders", "~/bi", "a~/b", "--output_dir=~/out"]
+    arguments = parse_stage("evaluate_encoders", argv=["--recipe", path, *words])
     assert arguments.encoders == ["/home/me/bi", "a~/b"] and arguments.tasks == ["g=/home/me/g.tsv"]
     assert arguments.output_dir == "/home/me/out"
     words = ["--sentences", "~/s.txt", "~x", "--model_name_or_path", "bert", "--output_dir", "o"]
@@ -64,9 +65,31 @@ def test_a_path_in_the_home_folder_may_be_written_with_a_tilde(recipe, monkeypat
 
 
 def test_a_list_on_the_command_line_replaces_the_recipes(recipe):
-    path = recipe("score_pairs: {encoders: [a, b], pairs: [p, q], output: o}\n")
-    arguments = parse_stage("score_pairs", argv=["--recipe", path, "--encoders", "c"])
-    assert (arguments.encoders, arguments.pairs) == (["c"], ["p", "q"])
+    path = recipe("score_pairs: {extra_pairs: [a, b], pairs: [p, q]}\n")
+    words = ["--encoders", "e", "--output", "o", "--extra_pairs", "c"]
+    arguments = parse_stage("score_pairs", argv=["--recipe", path, *words])
+    assert (arguments.extra_pairs, arguments.pairs) == (["c"], ["p", "q"])
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        *(("train_contrastive", key) for key in ("output_dir", "overwrite", "model_name_or_path", "recipe")),
+        *(("score_pairs", key) for key in ("output", "encoders")),
+        *(("distill_cross2bi", key) for key in ("scores", "teachers")),
+        *(("mine_pairs", "histogram"), ("common", "overwrite"), ("evaluate_encoders", "output_dir")),
+    ],
+)
+def test_a_recipe_does_not_choose_what_is_written_or_deleted(recipe, section, key):
+    with pytest.raises(InputError, match=rf"{section}\.{key}: cannot be set by a recipe"):
+        read_recipe(recipe(f"{section}: {{{key}: x}}\n"))
+    for stage in ("train_contrastive", "distill_bi2cross", "distill_cross2bi"):
+        student = {"name": "a", "plm": "b", stage: {"output_dir": "/any", "overwrite": True}}
+        with pytest.raises(InputError, match=rf"student a: {stage}\.output_dir: cannot be set by a recipe"):
+            load_plan(plan_with(students=[student]), "r.yaml")
+        student[stage] = {"output_dir=/any": []}  # a word that carries its value along
+        with pytest.raises(InputError, match="unknown key 'output_dir=/any'"):
+            load_plan(plan_with(students=[student]), "r.yaml")
 
 
 def test_common_keys_of_other_scripts_and_the_drivers_section_are_left_out(recipe):
@@ -209,10 +232,10 @@ def test_missing_required_options_are_told_in_one_line(capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("distill_bi2cross: {sede: 1}\n", "unknown key 'sede' in section 'distill_bi2cross'"),
-        ("distill_bi2cross: {temperature: 1}\n", "unknown key 'temperature' in section 'distill_bi2cross'"),
-        ("common: {sede: 1}\n", "unknown key 'sede' in section 'common'"),
-        ("score_pairs: {sede: 1}\n", "unknown key 'sede' in section 'score_pairs'"),  # of another script
+        ("distill_bi2cross: {sede: 1}\n", "unknown key 'sede'"),
+        ("distill_bi2cross: {temperature: 1}\n", "unknown key 'temperature'"),
+        ("common: {sede: 1}\n", "unknown key 'sede'"),
+        ("score_pairs: {sede: 1}\n", "unknown key 'sede'"),  # of another script
         ("distil_bi2cross: {seed: 1}\n", "unknown section 'distil_bi2cross'; known: "),
         ("seed: 1\n", "must hold sections of keys"),
         ("- seed\n", "must hold sections of keys"),
@@ -243,6 +266,7 @@ def test_a_recipe_that_is_not_there_or_no_text_is_told_in_one_line(capsys, tmp_p
         (["--scores", "s", "t"], "--scores: several files are teachers of --pairs, beside --teachers"),
         (["--scores", "s", "--teacher_scale", "rank"], "--teacher_scale goes with --teachers, or with score_pairs.py"),
         (["--teachers", "t", "--pairs", "p", "--scores", "s", "--teacher_weights", "1"], "for each of 2 teacher(s)"),
+        (["--teachers", "t", "t", "--pairs", "p", "--teacher_weights", "1e308", "1e308"], "for each of 2 teacher(s)"),
         (["--teachers", "t"], "--teachers and --pairs go together"),
         (["--scores", "s", "--pairs", "p"], "--teachers and --pairs go together"),
     ],
@@ -503,9 +527,9 @@ def test_a_student_with_a_number_for_a_name_is_refused(key):
 
 
 def test_a_students_options_are_not_read_before_the_inputs():
-    student = {"name": "a", "plm": "b", "distill_bi2cross": {"sede": 1}}
+    student = {"name": "a", "plm": "b", "distill_bi2cross": {"seed": "x"}}
     (student,) = load_plan(plan_with(students=[student]), "r.yaml").students
-    assert student.distill_bi2cross == {"sede": 1}
+    assert student.distill_bi2cross == {"seed": "x"}
 
 
 @pytest.fixture
@@ -545,8 +569,8 @@ def test_a_students_good_options_pass(check_student):
 @pytest.mark.parametrize(
     ("options", "sections", "expected"),
     [
-        ({"distill_bi2cross": {"sede": 1}}, {}, "--sede"),
-        ({"train_contrastive": {"swap": True}}, {}, "--swap"),
+        ({"distill_bi2cross": {"sede": 1}}, {}, "unknown key 'sede'"),
+        ({"train_contrastive": {"swap": True}}, {}, "unknown key 'swap'"),
         ({"distill_cross2bi": {"num_epochs": "lots"}}, {}, "--num_epochs"),
         ({"train_contrastive": {"method": "bogus"}}, {}, "bogus"),
         ({"distill_bi2cross": {"learning_rate": "nan"}}, {}, "--learning_rate nan: must be a positive number"),
@@ -592,7 +616,7 @@ def test_a_ready_bi_encoder_needs_no_batch_of_sentences(check_student, tiny_bert
     load_bi_encoder(str(tiny_bert), ModelOptions("mean")).save_pretrained(ready)
     options = {"bi_encoder": str(ready), "train_contrastive": {"total_batch_size": 10_000}}
     check_student(options, sentences=None)
-    with pytest.raises(InputError, match="--sede"):
+    with pytest.raises(InputError, match="unknown key 'sede'"):
         check_student({**options, "train_contrastive": {"sede": 1}}, sentences=None)
 
 

@@ -216,7 +216,9 @@ class TeacherArguments(EncoderArguments):
     def check_weights(self, encoders: list[str] | None) -> None:
         """Raise `InputError` unless there is a positive weight for each teacher."""
         weights, teachers = self.teacher_weights, len(encoders or []) + len(self.scores or [])
-        if weights is not None and (len(weights) != teachers or not all(0 < weight < math.inf for weight in weights)):
+        if weights is not None and not (
+            len(weights) == teachers and all(weight > 0 for weight in weights) and math.isfinite(sum(weights))
+        ):
             shown = " ".join(map(str, weights))
             raise InputError(
                 f"--teacher_weights {shown}: must be one positive number for each of {teachers} teacher(s)"

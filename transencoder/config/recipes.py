@@ -14,6 +14,11 @@ from transencoder.errors import InputError
 
 DRIVER = "run_transencoder"
 RECIPE_CHARACTERS = 256 << 10
+# What the driver, or whoever calls a script, says: a recipe from elsewhere does not choose what is written or deleted.
+NOT_IN_RECIPES = {
+    *("recipe", "output", "output_dir", "overwrite", "histogram"),
+    *("model_name_or_path", "encoders", "teachers", "scores"),
+}
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -71,16 +76,14 @@ def read_recipe(path: str) -> dict[str, dict[str, Any]]:
         content = {section: {} if keys is None else keys for section, keys in content.items()}
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"--recipe {path}: must hold sections of keys, such as `common:` and `distill_bi2cross:`")
-    names = {name: {option.name for option in dataclasses.fields(stage.arguments)} for name, stage in STAGES.items()}
+    names = {name: option_names(name) for name in STAGES}
     names["common"] = set().union(*names.values())
     for section, keys in content.items():
-        if section != DRIVER and section not in names:
+        if section == DRIVER:
+            continue
+        if section not in names:
             raise InputError(f"--recipe {path}: unknown section {section!r}; known: {', '.join([*names, DRIVER])}")
-        for key in keys:
-            if section != DRIVER and key not in names[section]:
-                raise InputError(f"--recipe {path}: unknown key {key!r} in section {section!r}")
-        if section != DRIVER:
-            check_options(keys, f"--recipe {path}: {section}")
+        check_options(keys, f"--recipe {path}: {section}", names[section])
     return content
 
 
@@ -103,8 +106,23 @@ def _read_yaml(path: str) -> Any:
         raise InputError(f"{where}: not YAML: {error}") from error
 
 
-def check_options(values: dict[str, Any], where: str) -> None:
-    """Raise `InputError` unless each value is one that a command line can carry. `where`: how an error names it."""
+def option_names(stage: str) -> set[str]:
+    """Return the options of a stage."""
+    return {option.name for option in dataclasses.fields(STAGES[stage].arguments)}
+
+
+def check_options(values: dict[str, Any], where: str, known: set[str]) -> None:
+    """Raise `InputError` unless these are options that a recipe may set, and values that a command line can carry.
+
+    Args:
+        where: how an error names them.
+        known: the options that there are.
+    """
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}")
+        if key in NOT_IN_RECIPES:
+            raise InputError(f"{where}.{key}: cannot be set by a recipe, but by the command line or by {DRIVER}")
     for key, value in values.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, list | dict):

@@ -10,7 +10,7 @@ import yaml
 
 from transencoder.config.options import StageArguments
 from transencoder.config.parsing import check_numbers
-from transencoder.config.recipes import DRIVER, as_options, check_options, read_recipe
+from transencoder.config.recipes import DRIVER, as_options, check_options, option_names, read_recipe
 from transencoder.data.paper import check_setting
 from transencoder.data.tasks import PLAIN_NAME, check_titles, expand_groups, parse_spec, split_name
 from transencoder.errors import InputError, storage_error
@@ -219,7 +219,7 @@ def _check_students(plan: Plan, where: str) -> None:
         for stage in TRAINING_STAGES:
             if not isinstance(getattr(student, stage), dict):
                 raise InputError(f"{where}: student {student.name}: {stage} must hold options")
-            check_options(getattr(student, stage), f"{where}: student {student.name}: {stage}")
+            check_options(getattr(student, stage), f"{where}: student {student.name}: {stage}", option_names(stage))
 
 
 def _named_as_dev(spec: str) -> str:
