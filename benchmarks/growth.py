@@ -51,8 +51,8 @@ def parse() -> argparse.Namespace:
 # --- what the scripts are given --------------------------------------------------------------------------------------
 
 
-def make_models(folder: Path) -> None:
-    """Make a random BERT of one layer, 32 wide, as a language model (`plm`), a bi-encoder and a cross-encoder."""
+def make_models(folder: Path, width: int = 32, layers: int = 1, vocabulary: int | None = None) -> None:
+    """Make a random BERT as a language model (`plm`), a bi- and a cross-encoder. `vocabulary`: its size, if larger."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -70,18 +70,20 @@ def make_models(folder: Path) -> None:
     names = {f"{name}_token": token for name, token in special.items()}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
     torch.manual_seed(0)
-    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=64, **size)).save_pretrained(folder / "plm")
+    heads = max(width // 64, 2)
+    size = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width)
+    size |= dict(vocab_size=vocabulary or len(pieces), max_position_embeddings=64)
+    BertModel(BertConfig(**size)).save_pretrained(folder / "plm")
     fast.save_pretrained(folder / "plm")
     quiet_libraries()
     load_bi_encoder(str(folder / "plm"), ModelOptions("mean")).save_pretrained(folder / "bi")
     load_cross_encoder(str(folder / "plm")).save_pretrained(folder / "cross")
 
 
-def make_pairs(path: Path, size: int) -> None:
+def make_pairs(path: Path, size: int, distinct: int | None = None, seed: int = 0) -> None:
     """Write random pairs with random scores, of sentences of four to nine words and a number that tells them apart."""
-    random = np.random.default_rng(0)
-    sentences = pa.concat_arrays(list(make_sentences(max(size // PAIRS_PER_SENTENCE, 2), random)))
+    random = np.random.default_rng(seed)
+    sentences = pa.concat_arrays(list(make_sentences(distinct or max(size // PAIRS_PER_SENTENCE, 2), random)))
     schema = pa.schema([("sentence1", pa.large_string()), ("sentence2", pa.large_string()), ("score", pa.float32())])
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, size, MADE_ROWS):
