@@ -92,6 +92,24 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def spoiled_cache(lane: Lane) -> Iterator[Said]:
+    """All files of the cache are cut, a bit of each is flipped, or they are gone: they are made again."""
+    for what, spoil in {"cut off": cut, "with a bit flipped": flip, "deleted": Path.unlink}.items():
+        for path in (lane.folder / "cache" / "trans-encoder").iterdir():
+            spoil(path)
+        run = lane.folder / f"run {what}"
+        start = lane.drive(run)
+        assert lane.wait(start) == 0, start.text[-3000:]
+        assert not (wrong := differences(lane.whole, run)), wrong
+        yield Said(f"cache {what}", 0, "", "made anew")
+
+
 def mend(path: Path, whole: Path) -> None:
     """Do what a person would: delete what a stage made, and put back what nobody makes again."""
     if path.name == "run.json":
@@ -181,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="python")
-    parser.add_argument("--only", nargs="*", default=["output", "cache", "cut", "closed"])
+    parser.add_argument("--only", nargs="*", default=["output", "cache", "spoiled", "cut", "closed"])
     arguments = parser.parse_args()
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     python = Warm(arguments.output_dir / "warm", os.getpid())
@@ -190,6 +208,7 @@ def main() -> None:
     faults = {
         "output": lambda: full_output(lane),
         "cache": lambda: full_cache(lane),
+        "spoiled": lambda: spoiled_cache(lane),
         "cut": lambda: damaged(lane, lane.folder / "whole-0"),
         "closed": lambda: closed(lane),
     }
