@@ -214,10 +214,10 @@ def test_the_results_table_shows_primary_metrics_and_their_mean():
 
 
 def test_a_name_with_a_bar_or_a_line_end_is_one_cell(tmp_path):
-    (tmp_path / "a|b\nc.txt").write_text("a||b||3\nc||d||1\n")
-    name = load_task(str(tmp_path / "a|b\nc.txt")).name
+    (tmp_path / "a|\x1bb\nc.txt").write_text("a||b||3\nc||d||1\n")
+    name = load_task(str(tmp_path / "a|\x1bb\nc.txt")).name
     lines = results_table([entry(["x|y"], name, "spearman", 80.0)]).splitlines()
-    assert lines == ["| encoder | a\\|b c |", "| :--- | ---: |", "| x\\|y | 80.00 |"]
+    assert lines == [r"| encoder | a\|\x1bb c |", "| :--- | ---: |", "| x\\|y | 80.00 |"]
 
 
 def test_two_metrics_have_no_mean(tmp_path):

@@ -282,7 +282,7 @@ def paper_rows(row: str, titles: list[str], tests: list[str], averaged: bool) ->
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table with the first column to the left and numbers to the right."""
     rule = [":---"] + ["---:"] * (len(header) - 1)
-    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [header, rule, *rows]]
+    lines = [[printable(" ".join(cell.split())).replace("|", "\\|") for cell in row] for row in [header, rule, *rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -554,6 +554,14 @@ def check_student(tiny_bert, corpus, tmp_path):
     return check
 
 
+def test_tasks_are_checked_as_they_will_be_measured(check_student, tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"q1": f"a {i}", "q2": f"b {i}", "label": i / 2} for i in range(5)])
+    columns = ["sentence1=q1", "sentence2=q2", "score=label"]
+    check_student(sections={"evaluate_encoders": {"columns": columns}}, tasks=f"graded={path}")
+    with pytest.raises(InputError, match="no column 'sentence1'"):
+        check_student(sections={"score_pairs": {"columns": columns}}, tasks=f"graded={path}")
+
+
 def test_a_students_good_options_pass(check_student):
     check_student()
     check_student(

@@ -103,7 +103,7 @@ def spoiled_cache(lane: Lane) -> Iterator[Said]:
     for what, spoil in {"cut off": cut, "with a bit flipped": flip, "deleted": Path.unlink}.items():
         for path in (lane.folder / "cache" / "trans-encoder").iterdir():
             spoil(path)
-        run = lane.folder / f"run {what}"
+        run = lane.folder / what.replace(" ", "-")
         start = lane.drive(run)
         assert lane.wait(start) == 0, start.text[-3000:]
         assert not (wrong := differences(lane.whole, run)), wrong

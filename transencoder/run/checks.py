@@ -3,6 +3,7 @@
 import dataclasses
 
 from transencoder.config.arguments import ScoringArguments
+from transencoder.config.options import Reading
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
 from transencoder.config.stages import STAGES
@@ -28,7 +29,7 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
             check_bi_encoder(student.bi_encoder, options)
         else:
             check_language_model(student.plm)
-    _check_teachers(plan, options)
+    _check_teachers(plan, options, labelling)
     if plan.pairs:
         pool = read_pool(labelling, drop_duplicates=True)
         if labelling.scores:
@@ -41,19 +42,20 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
         sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, labelling))
-    tasks = [load_task(spec, plan.data_dir, labelling) for spec in plan.tasks]
+    measuring = parse_stage("evaluate_encoders", argv=_stand_ins("evaluate_encoders", recipe_path, 1))
+    tasks = [load_task(spec, plan.data_dir, measuring) for spec in plan.tasks]
     _check_apart(load_task(plan.dev, plan.data_dir, labelling) if plan.dev else None, tasks, recipe_path)
     for student in plan.students:
         _check_options(student, plan, recipe_path, sentences, pairs)
 
 
-def _check_teachers(plan: Plan, options: ModelOptions) -> None:
+def _check_teachers(plan: Plan, options: ModelOptions, reading: Reading) -> None:
     """Refuse teachers that cannot score pairs."""
     for teacher in plan.teachers:
         if teacher.model:
             check_encoders([teacher.model], dataclasses.replace(options, label=teacher.label or options.label))
         else:
-            read_pairs([teacher.scores], "score")
+            read_pairs([teacher.scores], "score", reading)
 
 
 def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
