@@ -29,7 +29,10 @@ from transencoder.model_files import (
 from transencoder.pooling import POOLINGS
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.speed import read_first_token_only
+from transencoder.sanity import check_outputs
 
+UNLIMITED = 2**20  # tokens; who names more, as the libraries do for no limit, or none, gets
+LONGEST = 512
 SAFE = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
 
 
@@ -206,7 +209,7 @@ def load_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: floa
             changed = dropouts(config, dropout)
             model = SentenceTransformer(name, device="cpu", model_kwargs=dict(SAFE), config_kwargs=changed)
         encoder = BiEncoder(_checked(name, model), prompts_of(name, options))
-        _try(encoder)
+        check_outputs(name, encoder)
     encoder.name = Path(name).name
     return encoder
 
@@ -234,7 +237,7 @@ def load_cross_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: f
             model = Model(name, device="cpu", model_kwargs=dict(SAFE), config_kwargs=changed)
         prompts = (None, None) if new_head else prompts_of(name, options)
         encoder = CrossEncoder(_checked(name, model), prompts, None if new_head else label_of(name, options.label))
-        _try(encoder)
+        check_outputs(name, encoder)
     encoder.name = Path(name).name
     return encoder
 
@@ -260,30 +263,24 @@ def _transformer(name: str, task: str, config: Any, dropout: float | None) -> nn
     return transformer
 
 
-@torch.no_grad()
-def _try(encoder: Encoder) -> None:
-    """Let an encoder score something: what is wrong with its files and is not seen before raises here."""
-    columns = [["a", "a longer text"]] * (2 if encoder.kind == "cross" else 1)
-    for side in (0, 1):
-        encoder(**encoder.preprocessor(side).batch(*columns))
-
-
 def _checked(name: str, model: Any) -> Any:
     """Return `model`, its weights being numbers, its inputs no longer than its positions, its padding known."""
     check_finite(name, model.named_parameters())
     transformer = model[0]
-    transformer.max_seq_length = _fit(transformer.max_seq_length, transformer.model)
+    transformer.max_seq_length = _fit(transformer.max_seq_length, transformer.model.config)
     if getattr(transformer.model.config, "pad_token_id", None) is None:
         transformer.model.config.pad_token_id = transformer.tokenizer.pad_token_id
     return model
 
 
-def _fit(length: int, backbone: PreTrainedModel) -> int:
+def _fit(length: float, config: Any) -> int:
     """Return `length`, or what the model's positions allow (RoBERTa's begin behind the padding id)."""
-    positions = getattr(backbone.config, "max_position_embeddings", None) or length
-    if backbone.config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    if positions < 0:  # T5, XLNet: any number will do
+        positions = length if length <= UNLIMITED else getattr(config, "n_positions", None) or LONGEST
+    if config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
         positions -= 2
-    return min(length, positions)
+    return int(min(length, positions))
 
 
 def _token_embeddings_in_float32(module: nn.Module, inputs: Any, features: dict[str, Any]) -> None:

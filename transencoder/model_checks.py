@@ -17,6 +17,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
 
 from transencoder.errors import InputError, storage_error
@@ -25,7 +26,6 @@ from transencoder.model_files import (
     Kind,
     ModelOptions,
     label_of,
-    load_tokenizer,
     prompts_of,
     read_config,
     read_model_file,
@@ -184,11 +184,53 @@ def check_whole(name: str, config: Any, classifier: bool, new_head: bool = False
                 raise
             raise InputError(pickled(name, "transformers", auto.__name__, "DIR") + ", and pass DIR") from error
     inside = f"{model.base_model_prefix}." if new_head else ""
+    unread = "decoder." if "t5" in config.model_type and not classifier else None  # a bi-encoder is the encoder alone
     absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     may_lack_pooler = new_head or not classifier
     absent = sorted(key for key in absent if key.startswith(inside) and not (may_lack_pooler and "pooler" in key))
+    absent = [key for key in absent if unread is None or not key.startswith(unread)]
     if absent:
         raise InputError(f"{name}: its weights lack {absent[0]}, or have it in another size than config.json says")
+
+
+def check_tokenizer(name: str, pairs: bool = False) -> None:
+    """Refuse a tokenizer that is broken, cannot pad, or does not fit its language model; no weights are loaded.
+
+    Args:
+        pairs: whether it has to put two texts into one input.
+    """
+    root, config = root_of(read_modules(name)), read_config(name).get_text_config()
+    with told_in_one_line(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, subfolder=root)
+        known, special = tokenizer.get_vocab(), tokenizer.num_special_tokens_to_add(pairs)
+    if tokenizer.pad_token_id is None:
+        such = f", such as {tokenizer.eos_token}" if tokenizer.eos_token else ""
+        raise InputError(
+            f"{name}: its tokenizer has no padding token; name one in tokenizer_config.json (pad_token{such})"
+        )
+    size = getattr(config, "vocab_size", None) or len(known)
+    beyond = [token for token, number in known.items() if number >= size]
+    if beyond:
+        raise InputError(
+            f"{name}: its tokenizer has {len(known)} tokens, its language model embeddings for {size}, and none for "
+            f"{beyond[0]!r}: call resize_token_embeddings, and save the model"
+        )
+    if 2 * len(known) < size:
+        raise InputError(f"{name}: its tokenizer has {len(known)} of {size} tokens; download its vocabulary again")
+    said = (read_model_file(name, os.path.join(root, "sentence_bert_config.json")) or {}).get("max_seq_length")
+    length = tokenizer.model_max_length if said is None else said
+    if type(length) not in (int, float) or not length > special or length % 1:
+        raise InputError(
+            f"{name}: inputs of {length!r} tokens hold no text; correct model_max_length in tokenizer_config.json, or "
+            "max_seq_length in sentence_bert_config.json"
+        )
+    with told_in_one_line(name, "tokenizer"):
+        types = tokenizer("a", "b", verbose=False).get("token_type_ids", [0])
+    if pairs and max(types) >= (getattr(config, "type_vocab_size", 0) or 2):
+        raise InputError(
+            f"{name}: its tokenizer marks the second text of a pair (token_type_ids), and its language model has no "
+            "embedding for that (type_vocab_size in config.json); it can be a bi-encoder only"
+        )
 
 
 def check_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS) -> None:
@@ -201,7 +243,7 @@ def check_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS) -> None:
             f"{name}: a plain language model does not say how it pools; add --pooling cls or --pooling mean"
         )
     prompts_of(name, options)
-    load_tokenizer(name)
+    check_tokenizer(name)
 
 
 def check_encoders(names: list[str], options: ModelOptions = NO_OPTIONS) -> None:
@@ -217,7 +259,7 @@ def check_language_model(name: str) -> None:
     """Refuse, before any weights are loaded, what a cross-encoder or step 1 cannot start from."""
     if inspect_encoder(name) == "cross":
         raise InputError(f"{name}: already a cross-encoder, where a pretrained language model is needed")
-    load_tokenizer(name)
+    check_tokenizer(name)
 
 
 def check_cross_encoder_start(name: str, carry_over: bool) -> None:
@@ -238,4 +280,4 @@ def check_cross_encoder(name: str, flag: str, options: ModelOptions = NO_OPTIONS
         raise InputError(f"{flag}: {name} is not a cross-encoder")
     label_of(name, options.label)
     prompts_of(name, options)
-    load_tokenizer(name)
+    check_tokenizer(name, pairs=True)

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig
 
 from transencoder.errors import InputError
 from transencoder.runtime.files import read_json
@@ -215,13 +211,3 @@ def told_in_one_line(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise InputError(f"{name}: its {what} cannot be loaded: {type(error).__name__}: {reason}") from error
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id; raises `InputError` where it is missing, broken or cannot pad."""
-    modules = read_modules(name)
-    with told_in_one_line(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, subfolder=root_of(modules))
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"{name}: its tokenizer has no padding token; name one in tokenizer_config.json (pad_token)")
-    return tokenizer

@@ -1,7 +1,8 @@
-"""Numbers that say nothing: a training that breaks down, an encoder that tells no pair from another, known answers."""
+"""Numbers that say nothing: a training that breaks down, an encoder that tells no text from another, known answers."""
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,9 +10,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from transencoder.errors import BrokenRun
+from transencoder.errors import BrokenRun, InputError
 from transencoder.runtime.accelerator import log
 
+if TYPE_CHECKING:
+    from transencoder.encoders import BiEncoder, CrossEncoder
+
+# What every encoder has to tell apart. The first two begin alike, which is all that a decoder's first token sees.
+TEXTS = ["a", "a day at the sea, and it rains", "what is the time"]
+# Shares of the largest output: below the first, two are the same; above the second, it is not padding's rounding.
+SAME, ROUNDING = 1e-6, 1e-3
 # Standard deviation of scores below which they are nearly the same. Cosines of embeddings that are alike but for the
 # rounding of bfloat16 have one of 1e-6; those of a trained encoder, of a few hundredths and more.
 ALIKE = 1e-4
@@ -45,6 +53,33 @@ class LossWatch:
         bad = next((number for number in last if not math.isfinite(losses[(number - 1) % len(losses)])), None)
         found = None if bad is None else (bad, losses[(bad - 1) % len(losses)])
         return found, means[len(self.losses) :]
+
+
+@torch.no_grad()
+def check_outputs(name: str, encoder: "BiEncoder | CrossEncoder") -> None:
+    """Let an encoder read a few texts, and look at what it makes of them; it is in evaluation mode afterwards.
+
+    Raises:
+        InputError: outputs that are not finite, that are the same for two texts, or that depend on the padding.
+    """
+    encoder.eval()
+    columns = [TEXTS, TEXTS[1:] + TEXTS[:1]][: 1 if encoder.kind == "bi" else 2]
+    for side in range(len(set(encoder.prompts))):
+        preprocessor = encoder.preprocessor(side)
+        together, alone = (
+            encoder(**preprocessor.batch(*(column[:rows] for column in columns))).reshape(rows, -1)
+            for rows in (len(TEXTS), 1)
+        )
+        if not together.isfinite().all():
+            raise InputError(f"{name}: gives numbers that are not finite (NaN or inf); see the values in config.json")
+        size, apart = together.abs().max(), (together - together.roll(1, dims=0)).abs().amax(dim=1)
+        if apart.min() <= SAME * size:
+            raise InputError(
+                f"{name}: gives different texts the same output; a decoder needs --pooling lasttoken or mean, and any "
+                "other model is not whole: download or train it again"
+            )
+        if (together[:1] - alone).abs().max() > ROUNDING * size:
+            raise InputError(f"{name}: its output for a text depends on the padding; see pad_token and pad_token_id")
 
 
 def broken_weights(model: nn.Module) -> torch.Tensor:
