@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Step 2: train a cross-encoder, from a raw language model, on a bi-encoder's scores.
+r"""Step 2: train a cross-encoder, from a language model or another cross-encoder, on a bi-encoder's scores.
 
 accelerate launch scripts/distill_bi2cross.py --model_name_or_path bert-base-uncased --scores bi-scores.parquet \
     --output_dir runs/bert/cycle-1/cross-encoder
@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transencoder.batches import PairInputs
-from transencoder.encoders import load_cross_encoder
+from transencoder.encoders import load_cross_encoder_start
 from transencoder.errors import one_line_errors
 from transencoder.hub import push
 from transencoder.labels import StudentPairs
@@ -35,13 +35,13 @@ def main(words: list[str] | None = None) -> None:
     stage = TrainingStage(STAGE, __doc__, words, push)
     arguments = stage.arguments
 
-    check_cross_encoder_start(arguments.model_name_or_path, arguments.carry_over)
+    check_cross_encoder_start(arguments.model_name_or_path)
     pairs = StudentPairs(arguments, stage.dev)
     examples = pairs.to_train_on * (2 if pairs.swap else 1)
     stage.begin(examples, f"{len(pairs)} pairs, {examples} examples")
 
     labels, held_out = pairs.labels(stage.inference)
-    encoder = load_cross_encoder(arguments.model_name_or_path, stage.options, arguments.dropout)
+    encoder = load_cross_encoder_start(arguments.model_name_or_path, arguments.dropout)
     targets = {"rescale": arguments.rescale, "negatives": arguments.negatives}
     rows = PairInputs(labels, encoder, arguments.max_length, pairs.swap, **targets)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transencoder.data.tokens import Preprocessor
-from transencoder.model_checks import check_finite, check_whole, inspect_encoder
+from transencoder.model_checks import check_finite, check_whole, inspect_encoder, keeps_head
 from transencoder.model_files import (
     NO_OPTIONS,
     Kind,
@@ -214,16 +214,28 @@ def load_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: floa
     return encoder
 
 
-def load_cross_encoder(name: str, options: ModelOptions = NO_OPTIONS, dropout: float | None = None) -> CrossEncoder:
+def load_cross_encoder_start(name: str, dropout: float | None = None) -> CrossEncoder:
+    """Load what step 2 trains: a cross-encoder that gives one score, as it is, or any other model with a new head."""
+    new_head = not keeps_head(name)
+    log(f"{name}: {'gets a new head' if new_head else 'a cross-encoder already, which keeps its head'}")
+    encoder = load_cross_encoder(name, dropout=dropout, new_head=new_head)
+    encoder.model.activation_fn = nn.Sigmoid()  # as the losses have it; many a reranker's score is the logit itself
+    return encoder
+
+
+def load_cross_encoder(
+    name: str, options: ModelOptions = NO_OPTIONS, dropout: float | None = None, new_head: bool | None = None
+) -> CrossEncoder:
     """Load a CrossEncoder, or a plain language model with a new head, whose weights depend on the seed.
 
     Args:
         name: folder or Hub id.
         dropout: overrides the configuration's.
+        new_head: whether there is one; by default, where the model is no cross-encoder.
     """
     from sentence_transformers import CrossEncoder as Model
 
-    new_head = inspect_encoder(name) != "cross"
+    new_head = inspect_encoder(name) != "cross" if new_head is None else new_head
     config = read_config(name, dropout)
     if new_head:
         config.num_labels = 1

@@ -25,6 +25,7 @@ from transencoder.model_files import (
     NO_OPTIONS,
     Kind,
     ModelOptions,
+    has_one_score,
     label_of,
     prompts_of,
     read_config,
@@ -262,16 +263,18 @@ def check_language_model(name: str) -> None:
     check_tokenizer(name)
 
 
-def check_cross_encoder_start(name: str, carry_over: bool) -> None:
-    """Refuse, before any weights are loaded, what step 2 cannot start from.
+def check_cross_encoder_start(name: str) -> None:
+    """Refuse, before any weights are loaded, what step 2 cannot start from."""
+    check_tokenizer(name, pairs=True)
+    if not keeps_head(name):
+        config = read_config(name)
+        config.num_labels = 1
+        check_whole(name, config, classifier=True, new_head=True)
 
-    Args:
-        carry_over: whether a cross-encoder is trained on, in place of a fresh language model.
-    """
-    if carry_over:
-        check_cross_encoder(name, "--carry_over")
-    else:
-        check_language_model(name)
+
+def keeps_head(name: str) -> bool:
+    """Return whether step 2 trains the head of a model on: a cross-encoder's, if it gives one score."""
+    return inspect_encoder(name) == "cross" and has_one_score(name)
 
 
 def check_cross_encoder(name: str, flag: str, options: ModelOptions = NO_OPTIONS) -> None:

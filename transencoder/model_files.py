@@ -130,16 +130,21 @@ def _hub_answers(name: str) -> bool:
     return True
 
 
+def has_one_score(name: str) -> bool:
+    """Return whether a cross-encoder gives one score, not one for each of several labels."""
+    return len(read_modules(name)) > 1 or read_config(name).num_labels == 1
+
+
 def label_of(name: str, label: str | None) -> int | None:
     """Return the place of the label whose probability is a classifier's score; None for a model with one score.
 
     Raises:
         InputError: a classifier with several labels, and `label` is none of them.
     """
+    if has_one_score(name):
+        return None
     config = read_config(name)
     names = [str(config.id2label[place]) for place in range(config.num_labels)]
-    if len(names) == 1 or len(read_modules(name)) > 1:
-        return None
     if label is None:
         raise InputError(
             f"{name}: a classifier with {len(names)} labels, not a cross-encoder (which has one); say whose "

@@ -151,11 +151,11 @@ def test_an_empty_section_is_the_same_as_no_keys(recipe, text):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [([], (None, False)), (["--swap", "false"], (False, False)), (["--swap", "True", "--carry_over"], (True, True))],
+    [([], (None, False)), (["--swap", "false"], (False, False)), (["--swap", "True", "--overwrite"], (True, True))],
 )
 def test_booleans(words, expected):
     arguments = parse_stage("distill_bi2cross", argv=[*CROSS, *words])
-    assert (arguments.swap, arguments.carry_over) == expected
+    assert (arguments.swap, arguments.overwrite) == expected
 
 
 def test_the_methods_have_their_own_defaults():

@@ -273,7 +273,6 @@ def test_students_that_carry_over_begin_with_their_own_weights_from_the_second_c
     assert different == {
         **{
             f"cycle-2/cross-encoder/{name}": {
-                "carry_over": True,
                 "model_name_or_path": str(run / "cycle-1" / "cross-encoder" / name),
             }
             for name in ("one", "two")

@@ -265,7 +265,10 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
 
     GROUP = "the cross-encoder"
 
-    model_name_or_path: str = option("Pretrained language model that becomes the cross-encoder: Hub id or folder.")
+    model_name_or_path: str = option(
+        "What becomes the cross-encoder: a language model, or a classifier of pairs, which keeps its head if it gives "
+        "one score. Hub id or folder."
+    )
     learning_rate: float = with_default(TrainingArguments, "learning_rate", 2e-5)
     total_batch_size: int = with_default(
         TrainingArguments, "total_batch_size", 32, "Pairs in one step, all processes together."
@@ -274,10 +277,6 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
     warmup_ratio: float = with_default(TrainingArguments, "warmup_ratio", 0.1)
     negatives: str = option("Negative cosines.", "shift", choices="transencoder.losses:NEGATIVES")
     loss: str = option("Loss on the score.", "bce", choices="transencoder.losses:CROSS_LOSSES")
-    carry_over: bool = option(
-        "The model is a cross-encoder, whose weights and head are trained on; the paper's ablation of a fresh one.",
-        False,
-    )
     rescale: str = option("Scores before they become targets.", "none", choices="transencoder.losses:RESCALINGS")
     swap: bool | None = option(
         "Train on (a, b) and on (b, a). Default: true, but for pools whose order matters (QNLI).", None

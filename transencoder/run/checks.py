@@ -11,20 +11,26 @@ from transencoder.data.pools import check_both_orders, is_ordered, read_pool, re
 from transencoder.data.tables import read_pairs
 from transencoder.data.tasks import Task, load_task
 from transencoder.errors import InputError
-from transencoder.model_checks import check_bi_encoder, check_encoders, check_language_model
+from transencoder.model_checks import (
+    check_bi_encoder,
+    check_cross_encoder_start,
+    check_encoders,
+    check_language_model,
+)
 from transencoder.model_files import ModelOptions, model_options
 from transencoder.run.plan import TRAINING_STAGES, Plan, Student
-from transencoder.runtime.accelerator import trackers
+from transencoder.runtime.accelerator import quiet_libraries, trackers
 from transencoder.search.mix import parse_mix, read_sides, wanted_pairs
 from transencoder.selection import select_by, training_rows
 
 
 def check_inputs(plan: Plan, recipe_path: str) -> None:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
+    quiet_libraries()
     labelling = _labelling(plan, recipe_path)
     options = model_options(labelling)
     for student in plan.students:
-        check_language_model(student.cross_encoder_plm or student.plm)
+        check_cross_encoder_start(student.cross_encoder_plm or student.plm)
         if student.bi_encoder:
             check_bi_encoder(student.bi_encoder, options)
         else:
@@ -76,8 +82,6 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
         )
         trackers(getattr(arguments, "report_to", "none"))
-        if getattr(arguments, "carry_over", False):
-            raise InputError(f"--recipe {recipe_path}: carry_over: set {DRIVER}.student_start: carry_over instead")
         if getattr(arguments, "push_to_hub", False):
             raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):

@@ -146,12 +146,10 @@ class _Planner:
         """Yield step 2 or 3 of every student."""
         made = [self.encoder(cycle, kind, student) for student in self.plan.students]
         starts = self.bi_starts if kind == "bi" else self.cross_starts
-        carries_over = self.plan.student_start == "carry_over" and cycle > 1
-        carry = ["--carry_over=True"] if kind == "cross" and carries_over else []
         script = "distill_bi2cross.py" if kind == "cross" else "distill_cross2bi.py"
         for student, start, output in zip(self.plan.students, starts, made, strict=True):
             options = student.distill_bi2cross if kind == "cross" else student.distill_cross2bi
-            words = [*self.dev, *carry, "--model_name_or_path", start, "--scores", str(labels)]
+            words = [*self.dev, "--model_name_or_path", start, "--scores", str(labels)]
             words += ["--output_dir", output, *as_options(options)]
             yield self.stage(cycle, f"{kind}-encoder of {student.name}", script, output, words, student.name)
         if kind == "bi":
