@@ -1,6 +1,7 @@
 """Whatever sentence-transformers loads scores here as it does there: all layouts, prompts, similarities, labels."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,18 +11,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, make_tokenizer, write_jsonl
+from conftest import SPECIAL, launch, make_tokenizer, write_jsonl
+from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
-from transformers import BertConfig, BertForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from transencoder.encoders import load_bi_encoder, load_encoder
+from transencoder.data.tokens import Preprocessor
+from transencoder.encoders import load_bi_encoder, load_cross_encoder_start, load_encoder
 from transencoder.errors import InputError
 from transencoder.inference import Inference
-from transencoder.model_checks import check_encoders, inspect_encoder
-from transencoder.model_files import ModelOptions
+from transencoder.model_checks import check_bi_encoder, check_cross_encoder_start, check_encoders, inspect_encoder
+from transencoder.model_files import ModelOptions, label_of
 from transencoder.scoring import Teachers, score_texts
 
 FIRST = ["how do i change my password", "cancel my plan", "is the parcel late", "Refund my ORDER", "pay"]
@@ -239,12 +249,49 @@ def test_modular_cross_encoders_and_decoders(telling_bert, tmp_path):
     assert np.allclose(ours(folder), CrossEncoder(str(folder)).predict(pairs), atol=1e-4)
 
 
-def test_a_pair_scores_alone_as_in_a_batch_whatever_side_is_padded(telling_bert, tmp_path):
-    folder = classifier(telling_bert, tmp_path / "model", ["LABEL_0"])
+@pytest.mark.parametrize("kind", ["bi", "cross"])
+def test_a_pair_scores_alone_as_in_a_batch_whatever_side_is_padded(kind, telling_bert, tmp_path):
+    """In files and in search, which has one query and many texts."""
+    if kind == "bi":
+        folder = save(SentenceTransformer(modules=modules_of(telling_bert)), tmp_path / "model")
+    else:
+        folder = classifier(telling_bert, tmp_path / "model", ["LABEL_0"])
     right = ours(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
     assert np.allclose(ours(folder), right, atol=1e-6)
+    encoder, inference = load_encoder(str(folder)), Inference(Accelerator(cpu=True, mixed_precision="no"))
+    together = score_texts(encoder, FIRST[:1] * len(SECOND), SECOND, inference)
+    alone = [score_texts(encoder, FIRST[:1], [text], inference)[0] for text in SECOND]
+    assert np.ptp(together) > 0.01 and np.allclose(together, alone, atol=1e-6)
+
+
+def test_step_2_starts_from_anything(telling_bert, bi_encoder, tmp_path, capsys):
+    pairs = list(zip(FIRST, SECOND, strict=True))
+    reranker = classifier(telling_bert, tmp_path / "plain", ["LABEL_0"])
+    reranker = save(CrossEncoder(str(reranker), activation_fn=torch.nn.Identity()), tmp_path / "reranker")
+    nli = classifier(telling_bert, tmp_path / "nli", ["contradiction", "entailment", "neutral"])
+    for start, said in (
+        (telling_bert, "a new head"),
+        (bi_encoder, "a new head"),
+        (nli, "a new head"),
+        (reranker, "its head"),
+    ):
+        check_cross_encoder_start(str(start))
+        torch.manual_seed(0)
+        encoder = load_cross_encoder_start(str(start))
+        assert capsys.readouterr().err.count(said) == 1
+        encoder.save_pretrained(tmp_path / "student")
+        assert label_of(str(tmp_path / "student"), None) is None
+        scores = ours(tmp_path / "student")
+        assert scores.min() > 0 and scores.max() < 1
+        weights = encoder.backbone.bert.encoder.layer[0].output.dense.weight
+        of_start = load_file(start / "model.safetensors")
+        (name,) = (name for name in of_start if name.endswith("encoder.layer.0.output.dense.weight"))
+        assert torch.equal(weights, of_start[name])
+    # Its logits were its scores; they are trained as logits, whose scores are their sigmoids.
+    logits = CrossEncoder(str(reranker)).predict(pairs)
+    assert np.allclose(scores, 1 / (1 + np.exp(-logits)), atol=1e-5)
 
 
 # --- through the scripts ---------------------------------------------------------------------------------------------
@@ -320,13 +367,62 @@ def test_one_line_for_each_thing_that_cannot_be_used(bi_encoder, tmp_path):
         ),
         (changed(bi_encoder, tmp_path / "auto", "config.json", auto_map={"AutoModel": "a.B"}), "auto_map"),
     ]
-    cut = tmp_path / "cut"
-    shutil.copytree(bi_encoder, cut)
+    cut = shutil.copytree(bi_encoder, tmp_path / "cut")  # as a download that ended too early leaves it
     (cut / "tokenizer.json").unlink()
     cases.append((cut, "no tokenizer"))
+    added = shutil.copytree(bi_encoder, tmp_path / "added")
+    tokenizer = AutoTokenizer.from_pretrained(added)
+    tokenizer.add_tokens(["[URL]"])
+    tokenizer.save_pretrained(added)
+    cases.append((added, r"has 77 tokens, its language model embeddings for 76, and none for '\[URL\]'"))
+    for known in ([], SPECIAL):
+        few = shutil.copytree(bi_encoder, tmp_path / f"{len(known)} pieces")
+        content = json.loads((few / "tokenizer.json").read_text())
+        content["model"]["vocab"] = {piece: number for number, piece in enumerate(known)}
+        (few / "tokenizer.json").write_text(json.dumps(content))
+        cases.append((few, "its tokenizer has 5 of 76 tokens; download its vocabulary again"))
+    lengths = dict(enumerate([0, -1, 1, 2, 2.5, "64", True, math.nan, math.inf]))
+    for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        for number, length in lengths.items():
+            folder = changed(bi_encoder, tmp_path / f"{key}{number}", file, **{key: length})
+            if file == "tokenizer_config.json":
+                (folder / "sentence_bert_config.json").write_text("{}")
+            cases.append((folder, "hold no text; correct model_max_length in tokenizer_config.json"))
+    unpadded = changed(bi_encoder, tmp_path / "unpadded", "tokenizer_config.json", pad_token=None)
+    cases.append((unpadded, r"its tokenizer has no padding token; name one in tokenizer_config.json \(pad_token\)"))
     for folder, message in cases:
         with pytest.raises(InputError, match=message):
             check_encoders([str(folder)])
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_a_model_whose_configuration_makes_nothing_of_its_weights_is_not_loaded(value, bi_encoder, tmp_path):
+    """The weights are whole and finite: only what it makes of a few texts tells."""
+    folder = changed(bi_encoder, tmp_path / "model", "config.json", layer_norm_eps=value)
+    expected = "gives numbers that are not finite" if value != value else "gives different texts the same output"
+    with pytest.raises(InputError, match=f"^{folder}: {expected}"):
+        load_encoder(str(folder))
+
+
+def test_an_output_that_depends_on_the_padding_is_refused(bi_encoder, monkeypatch):
+    pad = Preprocessor.pad
+
+    def without_mask(self, rows):
+        batch = pad(self, rows)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    monkeypatch.setattr(Preprocessor, "pad", without_mask)
+    with pytest.raises(InputError, match=r"its output for a text depends on the padding; see pad_token"):
+        load_encoder(str(bi_encoder))
+
+
+def test_a_model_that_tells_no_second_text_is_a_bi_encoder_only(tiny_bert, tmp_path):
+    folder = changed(tiny_bert, tmp_path / "model", "config.json", type_vocab_size=1)
+    BertModel(BertConfig.from_pretrained(folder)).save_pretrained(folder)
+    assert load_bi_encoder(str(folder), ModelOptions("mean")).width == 32
+    check_bi_encoder(str(folder), ModelOptions("mean"))
+    with pytest.raises(InputError, match=r"marks the second text of a pair \(token_type_ids\), .* a bi-encoder only"):
+        check_cross_encoder_start(str(folder))
 
 
 def test_a_module_with_pickled_weights_is_not_read(telling_bert, tmp_path):
