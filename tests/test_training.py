@@ -33,6 +33,8 @@ class Training:
         self.shapes, self.losses, self.stop_after = [], [], None
         self.trainer = Trainer(accelerator, encoder, rows, self.loss_of, arguments, None)
         self.output = output
+        output.mkdir(exist_ok=True)
+        (output / "run.json").write_text("{}")  # as the stage begins it
 
     def loss_of(self, model, batch):
         if len(self.losses) == self.stop_after:
