@@ -147,8 +147,11 @@ class Trainer:
         with StopSignal() as stop:
             for batch in self.batches():
                 self.train_step(batch)
+                evaluates = self.is_time_to_evaluate()
+                if evaluates:
+                    self.checked()  # waits for the steps that a GPU has still to do: they are no pause
                 pause = time.perf_counter()
-                if self.is_time_to_evaluate():
+                if evaluates:
                     self.evaluate()
                 self.save_if_due(stop)
                 self.pauses += time.perf_counter() - pause
