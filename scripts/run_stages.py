@@ -7,9 +7,11 @@ accelerate launch scripts/run_stages.py runs/quickstart
 import argparse
 import gc
 import importlib
+import signal
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # the driver's launcher ignores it; here it ends the imports below
 SCRIPTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]  # runs from a checkout, without installation
 

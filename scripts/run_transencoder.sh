@@ -33,20 +33,21 @@ python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("ac
   say "error: $(command -v python || echo python) has not the packages of requirements.txt; activate the environment that has: source .venv/bin/activate"
   exit 2
 }
-trap 'stopped=1' USR1  # the stage that runs gets one of its own, and ends
+trap 'stopped=1' USR1 INT  # the stage that runs gets one of its own, and ends
 
 # plan_run.py knows the options, and prints in lines: the launcher, OMP_NUM_THREADS where it should be set, words for
 # run_stages.py, and for each run its folder and the file in which a launch says how it ended.
 planned=$(python "$here/plan_run.py" "$@") || ended $? "checking the recipe"
 [[ " $* " != *" --dry_run "* ]] || { echo "$planned"; exit 0; }
-{ read -r launcher; read -r threads; read -r words; mapfile -t runs; } <<<"$planned"
+{ read -r launcher; launcher=${launcher/#accelerate launch/accelerate launch --quiet}; read -r threads; read -r words; mapfile -t runs; } <<<"$planned"
 [[ ! $threads ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS-$threads}
 for ((i = 0; i < ${#runs[@]}; i += 2)); do
   run=${runs[i]} outcome=${runs[i + 1]} next="again 0"
   while [[ $next == again* ]]; do  # FSDP and DeepSpeed want a launch for each stage
     rm -f "$outcome"
     # The launcher's own exit code does not tell a stop from a failure.
-    [[ $stopped ]] || TRANSENCODER_RUN=$run $launcher "$here/run_stages.py" "$run" --remade "${next#again }" $words || true
+    # Ctrl-C is for the stage, which saves; Accelerate's launcher would leave it behind, with a traceback.
+    [[ $stopped ]] || (trap '' INT; TRANSENCODER_RUN=$run $launcher "$here/run_stages.py" "$run" --remade "${next#again }" $words) || true
     next=$(cat "$outcome" 2>/dev/null) || true
   done
   [[ ! $stopped && $next != stopped ]] || { say "stopped by a signal. The same command again goes on from here."; exit 75; }

@@ -68,7 +68,7 @@ class StudentPairs:
         if arguments.teachers:
             path = Path(arguments.output_dir) / "teacher-scores.parquet"
             metadata = identity(arguments, input_files(arguments))
-            if arguments.overwrite or not is_made(path, metadata):
+            if not is_made(path, metadata, overwrite=arguments.overwrite):
                 score_to_file(self.teachers, self.pairs, path, inference, arguments.shard_rows, metadata)
             labelled = read_pairs([str(path)], "score")
             check_label_range(str(path), labelled, arguments)

@@ -19,7 +19,7 @@ from transencoder.data.pools import input_files
 from transencoder.data.scores import check_output, is_made
 from transencoder.data.tasks import Task, load_dev
 from transencoder.encoders import BiEncoder, CrossEncoder
-from transencoder.errors import is_first_process
+from transencoder.errors import InputError, is_first_process
 from transencoder.inference import Inference
 from transencoder.merging import merge_with_start
 from transencoder.model_files import ModelOptions, model_options
@@ -88,7 +88,9 @@ class FileStage(Stage):
         self.output = Path(self.arguments.output)
         check_output(self.output)
         self.metadata = {**self.identity, **metadata}
-        if not self.arguments.overwrite and is_made(self.output, self.metadata, what):
+        if any(Path(name).resolve() == self.output.resolve() for name in self.identity["inputs"]):
+            raise InputError(f"--output {self.output}: is an input; choose another name")
+        if is_made(self.output, self.metadata, what, self.arguments.overwrite):
             log(f"{self.output} is complete already")
             sys.exit(0)
         self.accelerator = start(self.arguments)

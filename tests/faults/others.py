@@ -11,8 +11,10 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +95,7 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
+    """Turn a bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -120,36 +123,43 @@ def mend(path: Path, whole: Path) -> None:
         path.unlink()
 
 
-def damaged(lane: Lane, run: Path) -> Iterator[Said]:
-    """A file of a run is cut in the middle, in a run that has not come to its end.
+# Files of a run, and what comes after them, which is not there yet when they are damaged.
+MADE = {
+    "contrastive/one/model.safetensors": ("cycle-1", "start"),
+    "cycle-1/pairs.parquet": ("cycle-1/bi-scores.parquet",),
+    "cycle-1/bi-scores.parquet": ("cycle-1/cross-encoder",),
+    "cycle-1/cross-encoder/one/model.safetensors": ("cycle-1/cross-scores.parquet",),
+    "recipe.yaml": (),
+    "contrastive/one/run.json": (),
+    "start/results.json": ("cycle-1/results.json", "cycle-1/run.json"),
+}
+
+
+def damaged(
+    lane: Lane, run: Path, spoil: Callable[[Path], None], names: tuple[str, ...] = tuple(MADE)
+) -> Iterator[Said]:
+    """A file of a run is damaged in a run that has not come to its end.
 
     Args:
         run: one that has; it stays where it is, since its stages know their inputs by their paths.
+        spoil: `cut` or `flip`.
     """
-    template = lane.folder / "template"
+    template, word = lane.folder / f"template-{spoil.__name__}", f"{spoil.__name__}"
     shutil.copytree(run, template)
-    for name, gone in {
-        "contrastive/one/model.safetensors": ("cycle-1", "start"),
-        "cycle-1/pairs.parquet": ("cycle-1/bi-scores.parquet",),
-        "cycle-1/bi-scores.parquet": ("cycle-1/cross-encoder",),
-        "cycle-1/cross-encoder/one/model.safetensors": ("cycle-1/cross-scores.parquet",),
-        "recipe.yaml": (),
-        "contrastive/one/run.json": (),
-        "start/results.json": ("cycle-1/results.json", "cycle-1/run.json"),
-    }.items():
+    for name in names:
         shutil.rmtree(run)
         shutil.copytree(template, run)
-        for later in gone:
+        for later in MADE[name]:
             path = run / later
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        cut(run / name)
+        spoil(run / name)
         start = lane.drive(run)
         code = lane.wait(start)
         if code == 0:
             assert not (wrong := differences(lane.whole, run)), wrong
-            yield Said(f"{name} cut off", code, "", "made anew")
+            yield Said(f"{word}: {name}", code, "", "made anew")
         else:
-            yield Said(f"{name} cut off", code, start.stage(), error_line(start, code))
+            yield Said(f"{word}: {name}", code, start.stage(), error_line(start, code))
             mend(run / name, template / name)
             start = lane.drive(run)
             assert lane.wait(start) == 0, start.text[-3000:]
@@ -192,6 +202,36 @@ def closed(lane: Lane, names: tuple[str, ...] = CLOSED, run_after: bool = True) 
         assert not (wrong := differences(lane.whole, run)), wrong
 
 
+# --- inputs that change between a kill and its continuation ----------------------------------------------------------
+
+INPUTS = ("corpus/sentences.txt", "corpus/dev.jsonl", "corpus/test.jsonl", "tiny-bert/tokenizer_config.json")
+
+
+def replaced(lane: Lane, names: tuple[str, ...] = INPUTS) -> Iterator[Said]:
+    """An input is another one when a killed run is started again; put back, the run ends as one left alone."""
+    for number, name in enumerate(names):
+        run, path = lane.folder / f"replaced-{number}", lane.folder / name
+        start = lane.drive(run)
+        while start.stage() != "cycle 1: cross-encoder of one":
+            assert start.process.poll() is None, start.text
+            time.sleep(0.01)
+        lane.hit(start, signal.SIGKILL, "group")
+        lane.wait(start)
+        lane.end_all(start)
+        whole = path.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[1:], lines[0]]) if len(lines) > 1 and name[0] == "c" else whole + b"\n")
+        start = lane.drive(run)
+        code = lane.wait(start)
+        line = error_line(start, code)
+        assert name in line and "has changed since" in line, line
+        yield Said(f"replaced: {name}", code, start.stage(), line)
+        path.write_bytes(whole)
+        start = lane.drive(run)
+        assert lane.wait(start) == 0, start.text[-3000:]
+        assert not (wrong := differences(lane.whole, run)), wrong
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +239,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="python")
-    parser.add_argument("--only", nargs="*", default=["output", "cache", "spoiled", "cut", "closed"])
+    parser.add_argument(
+        "--only", nargs="*", default=["output", "cache", "spoiled", "cut", "flip", "replaced", "closed"]
+    )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     python = Warm(arguments.output_dir / "warm", os.getpid())
@@ -209,7 +251,9 @@ def main() -> None:
         "output": lambda: full_output(lane),
         "cache": lambda: full_cache(lane),
         "spoiled": lambda: spoiled_cache(lane),
-        "cut": lambda: damaged(lane, lane.folder / "whole-0"),
+        "cut": lambda: damaged(lane, lane.folder / "whole-0", cut),
+        "flip": lambda: damaged(lane, lane.folder / "whole-0", flip),
+        "replaced": lambda: replaced(lane),
         "closed": lambda: closed(lane),
     }
     for name in arguments.only:

@@ -107,6 +107,13 @@ def test_what_is_closed_to_the_user_is_one_line_before_any_work(lane):
     assert len(said) == len(names) and all("Permission denied; give" in item.line for item in said), said
 
 
+@pytest.mark.slow
+def test_an_input_that_was_replaced_and_a_flipped_bit_are_named(lane):
+    said = list(others.replaced(lane, ("corpus/test.jsonl",)))
+    said += others.damaged(lane, lane.folder / "whole-0", others.flip, ("contrastive/one/model.safetensors",))
+    assert [item.code for item in said] == [1, 1], said
+
+
 # --- without a run ---------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def test_a_killed_training_ends_as_one_left_alone(stage, tiny_bert, corpus, scor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops(number, tiny_bert, corpus, scores, tmp_path):
     """No checkpoint was due: only the signal makes one."""
     output = tmp_path / "stopped"

@@ -209,7 +209,9 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
     assert claim(run_arguments(tmp_path), STAGE) is False
 
 
-def test_a_complete_run_is_done_and_an_interrupted_one_is_not(tmp_path):
+@pytest.mark.parametrize("name", ["out", "lr=[1e-5]"])
+def test_a_complete_run_is_done_and_an_interrupted_one_is_not(tmp_path, name):
+    tmp_path = tmp_path / name
     write_run(run_arguments(tmp_path), STAGE, "running")
     assert claim(run_arguments(tmp_path), STAGE) is False
     write_run(run_arguments(tmp_path), STAGE, "complete")
@@ -518,15 +520,30 @@ def test_other_scores_are_refused_with_the_difference(tmp_path):
 def test_files_that_are_not_our_scores_are_refused(tmp_path):
     path = tmp_path / "scores.parquet"
     pq.write_table(pa.table({"a": [1]}), path)
-    with pytest.raises(InputError, match="was not written by this tool; add --overwrite"):
-        is_made(path, FACTS)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="was not written by this tool; choose another name"):
+            is_made(path, FACTS, overwrite=overwrite)
     path.write_text("text")
-    with pytest.raises(InputError, match="is not a Parquet file; add --overwrite"):
+    with pytest.raises(InputError, match="is not a Parquet file; delete it, or choose"):
         is_made(path, FACTS)
     os.unlink(path)
     path.mkdir()
     with pytest.raises(InputError, match=r"--output .*scores\.parquet: must be the name of a \.parquet file"):
         is_made(path, FACTS)
+
+
+def test_an_output_that_is_an_input_or_a_foreign_plot_is_refused(tmp_path, run_script):
+    path = tmp_path / "scores.parquet"
+    write_scores(path, pairs_table(), np.zeros(5, dtype=np.float32), FACTS)
+    before = path.read_bytes()
+    words = ["--encoders", "no/model", "--output", path, "--overwrite"]
+    result = run_script("score_pairs.py", "--pairs", path, *words)
+    assert result.returncode == 2 and f"--output {path}: is an input" in result.stderr
+    (tmp_path / "thesis.png").write_bytes(b"x")
+    words = ["--encoders", "no/model", "--sentences", path, "--output", tmp_path / "out.parquet"]
+    result = run_script("mine_pairs.py", *words, "--histogram", tmp_path / "thesis.png")
+    assert result.returncode == 2 and "thesis.png: exists and is no PNG" in result.stderr
+    assert path.read_bytes() == before and (tmp_path / "thesis.png").read_bytes() == b"x"
 
 
 def test_the_number_of_processes_is_noted_and_makes_no_other_scores(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -96,3 +98,19 @@ def test_a_bar_is_for_a_terminal_and_shows_rate_and_time_left(monkeypatch, capsy
     shown = bar.format_meter(**{**bar.format_dict, "elapsed": 4.0, "ncols": 80})
     bar.close()
     assert shown.startswith("Training:  50%|") and "| 2/4 [00:04<00:04,  2.00s/it]" in shown
+
+
+def test_ctrl_c_is_one_line_wherever_it_comes():
+    code = "import transencoder; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "-c: stopped by Ctrl-C\n" and done.returncode == -signal.SIGINT
+
+
+HEAVY = "torch|accelerate|transformers|sentence_transformers|faiss|sklearn"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_threads_do_not_spin_in_a_script_that_is_started_by_hand(path):
+    """The package, which sets GOMP_SPINCOUNT, comes before what imports PyTorch, which reads it."""
+    imports = re.findall(rf"^(?:import|from) (transencoder|{HEAVY})\b", path.read_text(), re.MULTILINE)
+    assert not imports or imports[0] == "transencoder", imports

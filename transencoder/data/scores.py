@@ -99,11 +99,12 @@ def check_place(path: Path, option: str) -> None:
         raise storage_error(error, where) or InputError(f"{where}: cannot be written: {error.strerror}") from error
 
 
-def is_made(path: Path, metadata: dict[str, Any], what: str = "scores") -> bool:
+def is_made(path: Path, metadata: dict[str, Any], what: str = "scores", overwrite: bool = False) -> bool:
     """Return whether `path` already holds what `metadata` describes.
 
     Args:
         what: how a message names what it holds.
+        overwrite: replace what this tool wrote there; never another one's file.
 
     Raises:
         InputError: it holds something else, or nothing can be written there.
@@ -114,9 +115,13 @@ def is_made(path: Path, metadata: dict[str, Any], what: str = "scores") -> bool:
     try:
         found = read_metadata(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"--output {path}: exists and is not a Parquet file; add --overwrite") from error
+        raise InputError(
+            f"--output {path}: exists and is not a Parquet file; delete it, or choose another name"
+        ) from error
     if found is None:
-        raise InputError(f"--output {path}: exists and was not written by this tool; add --overwrite")
+        raise InputError(f"--output {path}: exists and was not written by this tool; choose another name")
+    if overwrite:
+        return False
     for name in ("world_size", "hub_datasets", "code"):  # for the record
         found.pop(name, None)
     changed = difference(found, json.loads(json.dumps(metadata)))

@@ -13,7 +13,8 @@ from accelerate.utils import reduce
 
 from transencoder.runtime.accelerator import DRIVER_VARIABLE, end, log
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # SLURM's warning before a time limit (sbatch --signal), and its last word
+# SLURM's warning before a time limit (sbatch --signal), its last word, and Ctrl-C.
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 LAUNCHED = (DRIVER_VARIABLE, "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # the marks of launchers
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, worth another try
 
