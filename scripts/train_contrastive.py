@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-r"""Step 1: tune a pretrained language model into a bi-encoder on unlabelled sentences (SimCSE or Mirror-BERT).
+r"""Step 1: tune a pretrained language model into a bi-encoder on unlabelled sentences (SimCSE, Mirror-BERT, or from a
+teacher).
 
 accelerate launch scripts/train_contrastive.py --model_name_or_path bert-base-uncased --sentences sentences.txt \
     --output_dir runs/bert/contrastive
@@ -16,11 +17,10 @@ STAGE = "train_contrastive"
 if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
-from transencoder.contrastive import load_start, read_sentences, views_of
+from transencoder.contrastive import load_start, read_sentences, task_of
 from transencoder.errors import one_line_errors
 from transencoder.hub import push
-from transencoder.losses import InfoNCE
-from transencoder.model_checks import check_language_model
+from transencoder.model_checks import check_bi_encoder, check_language_model
 from transencoder.stage import TrainingStage
 
 
@@ -31,12 +31,14 @@ def main(words: list[str] | None = None) -> None:
 
     # Everything that can be wrong with the input, before any weights are loaded.
     check_language_model(arguments.model_name_or_path)
+    if arguments.teacher:
+        check_bi_encoder(arguments.teacher)
     sentences = read_sentences(arguments)
     stage.begin(len(sentences), f"{len(sentences)} distinct sentences")
 
     encoder = load_start(arguments, stage.options)
-    rows = views_of(sentences, encoder, arguments)
-    stage.train(encoder, rows, InfoNCE(arguments.temperature))
+    rows, loss_of = task_of(sentences, encoder, arguments, stage.inference)
+    stage.train(encoder, rows, loss_of)
 
 
 if __name__ == "__main__":

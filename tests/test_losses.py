@@ -26,6 +26,7 @@ from transencoder.losses import (
     CROSS_LOSSES,
     CosineLoss,
     InfoNCE,
+    QueueLoss,
     bce_targets,
     contrastive,
     cosent,
@@ -103,6 +104,19 @@ def test_info_nce_of_two_processes_trains_as_one_process_with_the_whole_batch(tm
     loss.backward()
     torch.testing.assert_close(mean[:-1].reshape(5, 3), weight.grad)
     torch.testing.assert_close(mean[-1], loss.detach())
+
+
+def test_queue_loss_of_two_sentences():
+    # Teacher: cosines 1 and 0 over 0.5: softmax of 2 and 0, 0.880797 and 0.119203. Student: 0.6 and 0.8 over 0.25:
+    # softmax of 2.4 and 3.2, 0.310026 and 0.689974. Divergence: 0.880797 log(0.880797 / 0.310026) + 0.119203
+    # log(0.119203 / 0.689974) = 0.919703 - 0.209300 = 0.710404
+    queue = torch.eye(2)
+    loss_of = QueueLoss(torch.nn.functional.pad(queue, (0, 1)), queue, 0.25, 0.5)
+    batch = {"inputs": {"x": torch.tensor([[3.0, 4.0]])}, "teacher": torch.tensor([[1.0, 0.0, 0.0]])}
+    loss = loss_of(lambda x: x, {**batch, "places": torch.tensor([-1])})
+    assert loss.item() == pytest.approx(0.710404, abs=1e-5)
+    # A sentence of the queue is left out of its own distribution, which is one of a single sentence here.
+    assert loss_of(lambda x: x, {**batch, "places": torch.tensor([1])}).item() == 0
 
 
 class NoisyLinear(torch.nn.Module):

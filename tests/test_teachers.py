@@ -1,5 +1,7 @@
 """Teachers of every kind: encoders, files of other tools' scores, shared strings; and their mean."""
 
+import json
+
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,10 +12,12 @@ from accelerate import Accelerator
 from conftest import random_pairs, save_telling_encoders, write_jsonl
 
 from transencoder.config.parsing import parse_stage
+from transencoder.contrastive import with_width
 from transencoder.data.formats import write_rows
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.embeddings import embed_texts, smoothed
 from transencoder.errors import InputError
+from transencoder.hub.card import method_of
 from transencoder.inference import Inference
 from transencoder.labels import teachers_of
 from transencoder.losses import ranks, standard_scores
@@ -123,6 +127,58 @@ def test_labels_are_the_mean_of_encoders_files_and_strings(encoders, tmp_path, r
     result = run_script("distill_cross2bi.py", *words)
     assert result.returncode == 0, result.stderr
     assert (pq.read_table(tmp_path / "student" / "teacher-scores.parquet")["score"].to_numpy() == found).all()
+
+
+# --- step 1 ----------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_dimensions_keep_the_inner_products_of_what_has_no_more():
+    draw = np.random.default_rng(0)
+    flat = draw.normal(size=(20, 3)) @ draw.normal(size=(3, 8))
+    flat = (flat / np.linalg.norm(flat, axis=1, keepdims=True)).astype(np.float32)
+    for width in (3, 5, 8, 10):
+        reduced = with_width(flat, width)
+        assert reduced.shape == (20, width)
+        np.testing.assert_allclose(reduced @ reduced.T, flat @ flat.T, atol=1e-5)
+
+
+def test_a_student_learns_a_teachers_similarities(encoders, tiny_roberta, corpus, tmp_path, run_script):
+    """The teacher is 32 wide, the student 24."""
+    sentences, pairs = corpus / "sentences.txt", corpus / "test.jsonl"
+
+    def agreement(name, encoder, *words):
+        for one, path in ((encoders[0], tmp_path / "teacher.parquet"), (encoder, tmp_path / f"{name}.parquet")):
+            arguments = ["--encoders", one, "--pairs", pairs, "--output", path, "--overwrite", *words]
+            assert run_script("score_pairs.py", *arguments).returncode == 0
+        scores = [pq.read_table(tmp_path / f"{one}.parquet")["score"].to_numpy() for one in ("teacher", name)]
+        return np.corrcoef(*scores)[0, 1]
+
+    words = ["--model_name_or_path", tiny_roberta, "--sentences", sentences, "--output_dir", tmp_path / "student"]
+    words += ["--teacher", encoders[0], "--queue_size", 50, "--pooling", "mean", "--total_batch_size", 16]
+    words += ["--num_epochs", 12, "--learning_rate", "3e-3", "--mixed_precision", "no"]
+    result = run_script("train_contrastive.py", *words)
+    assert result.returncode == 0, result.stderr
+    found = agreement("student", tmp_path / "student")
+    assert found > 0.5 and found > agreement("start", tiny_roberta, "--pooling", "mean") + 0.1
+    assert not (tmp_path / "student" / "checkpoints").exists()
+    card = method_of(json.loads((tmp_path / "student" / "run.json").read_text()))
+    assert "a sentence is as similar to others as a teacher finds it" in card
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--loss", "teacher"], "--loss teacher: needs a bi-encoder to learn from"),
+        (["--teacher", "t", "--method", "mirror"], "--teacher: goes with --method simcse"),
+        (["--teacher", "no/model"], "no/model"),
+    ],
+)
+def test_a_teacher_of_step_1_that_cannot_be_is_refused(step1, tmp_path, run_script, words, expected):
+    result = run_script("train_contrastive.py", *step1, tmp_path / "out", *words)
+    assert result.returncode == 2 and expected in result.stderr
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def recipe_with(teachers, encoders, tiny_bert, pairs) -> dict:

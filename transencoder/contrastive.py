@@ -1,6 +1,8 @@
 """Step 1: two views of every sentence, the head that training puts on top, and drophead."""
 
+import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,11 +13,17 @@ from torch.utils.data import Dataset
 
 from transencoder.config.arguments import ContrastiveArguments
 from transencoder.data.pools import read_sentence_pool
-from transencoder.data.tables import SENTENCES, sample
-from transencoder.data.tokens import training_tokens
+from transencoder.data.tables import SENTENCES, content_checksum, sample
+from transencoder.data.tokens import tokenize, training_tokens
+from transencoder.embeddings import embed
 from transencoder.encoders import BiEncoder, load_bi_encoder
 from transencoder.errors import InputError
+from transencoder.inference import Inference
+from transencoder.losses import InfoNCE, QueueLoss
 from transencoder.model_files import ModelOptions
+from transencoder.runtime.locks import unlock
+from transencoder.runtime.records import model_identity
+from transencoder.runtime.shards import Shards
 
 # What the output of a layer's attention heads goes into, in BERT/RoBERTa/XLM-R/DeBERTa, DistilBERT, MPNet, ModernBERT.
 ATTENTION_OUTPUT = re.compile(r"(attention\.output\.dense|attention\.out_lin|attention\.attn\.o|attn\.Wo)$")
@@ -39,6 +47,52 @@ def load_start(arguments: ContrastiveArguments, options: ModelOptions) -> BiEnco
     return encoder
 
 
+def task_of(
+    sentences: datasets.Dataset, encoder: BiEncoder, arguments: ContrastiveArguments, inference: Inference
+) -> tuple[Dataset, InfoNCE | QueueLoss]:
+    """Return what step 1 trains on, and its loss."""
+    if arguments.teacher is None:
+        return views_of(sentences, encoder, arguments), InfoNCE(arguments.temperature)
+    vectors = teacher_vectors(sentences, arguments, inference)
+    size = min(arguments.queue_size, len(sentences))
+    chosen = np.sort(np.random.default_rng(arguments.seed).choice(len(sentences), size, replace=False))
+    queue, reduced = (torch.from_numpy(rows) for rows in (vectors[chosen], with_width(vectors[chosen], encoder.width)))
+    loss_of = QueueLoss(queue, reduced, arguments.temperature, arguments.teacher_temperature)
+    return TeacherViews(sentences, encoder, arguments.max_length, vectors, chosen), loss_of
+
+
+def teacher_vectors(sentences: datasets.Dataset, arguments: ContrastiveArguments, inference: Inference) -> np.ndarray:
+    """Return what the teacher makes of the sentences: float32 [sentences, d], of unit length, memory-mapped.
+
+    The file lies among the checkpoints, and goes with them.
+    """
+    output, accelerator = Path(arguments.output_dir) / "checkpoints" / "teacher", inference.accelerator
+    metadata = {**model_identity(arguments.teacher, None), "read": content_checksum(sentences)}
+    shards = Shards(output, metadata, arguments.shard_rows, accelerator)
+    teacher = inference.load(arguments.teacher)
+    teacher.compare_by_cosine()
+    tokens = tokenize(sentences, SENTENCES, teacher.preprocessor())
+    kept = dataclasses.replace(inference, shards=shards)
+    vectors = embed([(teacher, [tokens])], shards.folder / "vectors.vec", kept)
+    if accelerator.is_main_process:
+        unlock(output)  # the output folder has a lock of its own
+    return vectors
+
+
+def with_width(vectors: np.ndarray, width: int) -> np.ndarray:
+    """Return vectors of unit length (float32 [n, d]) in `width` dimensions, with inner products as near as can be.
+
+    The principal directions are kept; where there are fewer of them than `width`, zeros follow.
+    """
+    _, directions = np.linalg.eigh(vectors.T @ vectors)
+    directions = directions[:, ::-1][:, :width]
+    strongest = np.abs(directions).argmax(axis=0)
+    directions = directions * np.sign(directions[strongest, np.arange(directions.shape[1])])  # the same everywhere
+    reduced = vectors @ directions
+    reduced = np.pad(reduced, ((0, 0), (0, width - reduced.shape[1])))
+    return (reduced / np.maximum(np.linalg.norm(reduced, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
 def views_of(sentences: datasets.Dataset, encoder: BiEncoder, arguments: ContrastiveArguments) -> Dataset:
     """Return two views of every sentence, as the method makes them."""
     if arguments.method == "mirror":
@@ -55,6 +109,26 @@ class DropoutViews(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         return {"inputs": self.tokens.batch(np.concatenate([indices, indices]))}
+
+
+class TeacherViews(DropoutViews):
+    """Step 1, from a teacher: every sentence once, with what the teacher makes of it.
+
+    Args:
+        vectors: the teacher's, float32 [sentences, d].
+        queue: int [queue], rows of the sentences that the others are compared with.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, encoder: BiEncoder, max_length: int, vectors: np.ndarray, queue: np.ndarray
+    ):
+        super().__init__(table, encoder, max_length)
+        self.vectors, self.places = vectors, np.full(len(table), -1)
+        self.places[queue] = np.arange(len(queue))
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        teacher, places = torch.from_numpy(self.vectors[indices]), torch.from_numpy(self.places[indices])
+        return {"inputs": self.tokens.batch(np.asarray(indices)), "teacher": teacher, "places": places}
 
 
 class MaskedViews(Dataset):

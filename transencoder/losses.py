@@ -79,6 +79,40 @@ class InfoNCE:
         return loss + product - product.detach()
 
 
+class QueueLoss:
+    """Compute how far the similarities of a sentence to a queue of others are from a teacher's (ConGen, 2022).
+
+    Each encoder's similarities become a distribution over the queue. What is taken is the Kullback-Leibler divergence
+    of the student's from the teacher's. The queue is the same in the whole training, and its vectors are the teacher's
+    in both: the student learns where it puts the sentence among them.
+
+    Args:
+        queue: float [queue, d], the teacher's vectors, of unit length.
+        reduced: float [queue, w], the same with as many dimensions as the student has, of unit length.
+        temperature, teacher_temperature: divide the student's and the teacher's cosines.
+    """
+
+    def __init__(self, queue: torch.Tensor, reduced: torch.Tensor, temperature: float, teacher_temperature: float):
+        self.queue, self.reduced = queue, reduced
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the mean over a batch of `contrastive.TeacherViews`."""
+        vectors = F.normalize(model(**batch["inputs"]).float(), dim=-1)
+        if self.queue.device != vectors.device:
+            self.queue, self.reduced = self.queue.to(vectors.device), self.reduced.to(vectors.device)
+        # A sentence of the queue is not compared with itself: nothing else would count.
+        own = batch["places"][:, None] == torch.arange(len(self.queue), device=vectors.device)
+        student, teacher = (
+            (similarities / temperature).masked_fill(own, -1e4).log_softmax(dim=-1)
+            for similarities, temperature in (
+                (vectors @ self.reduced.T, self.temperature),
+                (batch["teacher"] @ self.queue.T, self.teacher_temperature),
+            )
+        )
+        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
 def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
     """Return the random state that dropout on `device` depends on."""
     states = (torch.get_rng_state(),)
@@ -360,6 +394,20 @@ class CosineLoss:
 
 
 BCE, MSE = "binary cross-entropy with soft targets", "mean squared error"
+
+# Step 1: a loss takes the model and a batch of `contrastive.py`.
+CONTRASTIVE_LOSSES = {
+    "info_nce": Choice(
+        InfoNCE,
+        "two views of a sentence are close, others far",
+        "two views of a sentence are close, and other sentences far (contrastive learning with InfoNCE)",
+    ),
+    "teacher": Choice(
+        QueueLoss,
+        "a sentence is as similar to others as it is to --teacher",
+        "a sentence is as similar to others as a teacher finds it (divergence of two distributions over a queue)",
+    ),
+}
 
 # Step 2: a loss takes the logits and the targets, float [n] both.
 CROSS_LOSSES = {

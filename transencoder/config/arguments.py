@@ -100,7 +100,7 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
 
 
 @dataclass
-class ContrastiveArguments(TrainingArguments):
+class ContrastiveArguments(ShardArguments, TrainingArguments):
     """Options of step 1. Defaults that differ between the two methods are filled in afterwards."""
 
     GROUP = "contrastive learning"
@@ -129,11 +129,18 @@ class ContrastiveArguments(TrainingArguments):
         "Most tokens of a sentence. Default: 32 for simcse, 50 for mirror.",
     )
     temperature: float | None = option(
-        "Temperature of InfoNCE. Default: 0.05 for simcse, 0.04 for mirror.", None, positive=True
+        "Temperature of the loss. Default: 0.05 for simcse, 0.04 for mirror.", None, positive=True
     )
     mlp_head: bool | None = option(
-        "Dense + tanh on top in training, dropped afterwards. Default: true for simcse, false for mirror.", None
+        "Dense + tanh on top in training, dropped afterwards. Default: true for simcse, not for mirror and --teacher.",
+        None,
     )
+    loss: str = option(
+        "What is learned; --teacher changes the default.", "info_nce", choices="transencoder.losses:CONTRASTIVE_LOSSES"
+    )
+    teacher: str | None = option("Bi-encoder that --loss teacher learns from: folder or Hub id.", None)
+    queue_size: int = option("--teacher: sentences that each one is compared with.", 8192, limits=(2, None))
+    teacher_temperature: float = option("--teacher: temperature of its similarities.", 0.05, positive=True)
     pooling: str = option(
         "How token vectors become a sentence vector.", "cls", choices="transencoder.pooling:POOLINGS"
     )
@@ -159,6 +166,12 @@ class ContrastiveArguments(TrainingArguments):
     }
 
     def __post_init__(self) -> None:
+        if self.teacher:
+            if self.method == "mirror" or self.mlp_head:
+                raise InputError("--teacher: goes with --method simcse, and without --mlp_head")
+            self.loss, self.mlp_head = "teacher", False
+        elif self.loss == "teacher":
+            raise InputError("--loss teacher: needs a bi-encoder to learn from, --teacher MODEL")
         for name, value in self.METHOD_DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

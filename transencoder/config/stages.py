@@ -31,8 +31,7 @@ STAGES = {
     "train_contrastive": Stage(
         ContrastiveArguments,
         "score_pairs.py --encoders {} --pairs FILE --output bi-scores.parquet",
-        "A language model was tuned so that two views of a sentence are close, and other sentences far (contrastive "
-        "learning with InfoNCE).",
+        "A language model was tuned so that {loss}.",
     ),
     "mine_pairs": Stage(MiningArguments, "score_pairs.py --encoders DIR --pairs {} --output FILE.parquet"),
     "score_pairs": Stage(ScoringArguments, "distill_bi2cross.py, or distill_cross2bi.py, --scores {}"),

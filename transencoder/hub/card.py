@@ -33,7 +33,7 @@ PIPELINES = {"bi": "sentence-similarity", "cross": "text-ranking"}
 OWN_TAGS = {"bi": ["sentence-similarity", "feature-extraction"], "cross": ["cross-encoder", "text-ranking"]}
 # The rest of run.json's arguments are shown; these are paths, or said elsewhere in the card.
 NOT_SHOWN = {"inputs", "columns", "dev", "data_dir", "seed", "model_name_or_path", "sentences", "scores", "teachers"}
-NOT_SHOWN |= {"pairs"}
+NOT_SHOWN |= {"pairs", "teacher"}
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")
 CARRIED = ("license", "license_name", "license_link", "language")
 
@@ -123,9 +123,9 @@ def method_of(run: dict[str, Any]) -> str:
     """Return the sentence about how a stage trains, with the words of what was chosen from registries."""
     stage = STAGES[run["stage"]]
     chosen = {
-        option.name: resolve_name(option.metadata["choices"])[run["arguments"][option.name]].card
+        option.name: resolve_name(option.metadata["choices"])[name].card
         for option in dataclasses.fields(stage.arguments)
-        if option.metadata["choices"] and run["arguments"].get(option.name)
+        if option.metadata["choices"] and (name := run["arguments"].get(option.name, option.default))
     }
     return stage.card.format(**chosen)
 
@@ -204,6 +204,8 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
     arguments = run["arguments"]
     lines = [f"Start: {called(arguments['model_name_or_path'], content)}"]
     teachers = labels.get("encoders", [])
+    if arguments.get("teacher"):
+        lines.append(f"Teacher: {called(arguments['teacher'], content)}")
     for teacher in teachers:
         sha = labels.get("inputs", {}).get(teacher)
         lines.append(f"Teacher: {called(teacher, content)}" + (f", SHA-256 of its weights `{sha}`" if sha else ""))
@@ -257,10 +259,16 @@ def _shown(name: str) -> str:
     return name if path == name and is_hub_id(name) else Path(path).name
 
 
-def first_model(name: str) -> str:
-    """Return the model that one of ours goes back to, start by start; a model that is not ours goes back to itself."""
+def first_model(name: str, or_teacher: bool = False) -> str:
+    """Return the model that one of ours goes back to, start by start; a model that is not ours goes back to itself.
+
+    Args:
+        or_teacher: go back to the teacher of step 1, where it had one.
+    """
     try:
-        return first_model(read_json(Path(name) / RUN_FILE)["arguments"]["model_name_or_path"])
+        arguments = read_json(Path(name) / RUN_FILE)["arguments"]
+        teacher = arguments.get("teacher") if or_teacher else None
+        return first_model(teacher or arguments["model_name_or_path"], or_teacher)
     except (OSError, ValueError, KeyError, TypeError):
         return name
 
@@ -269,10 +277,10 @@ def labelled_start(names: list[str]) -> str | None:
     """Return the first of these models that goes back to an encoder, not to a language model: labels may be in it."""
     for name in names:
         try:
-            if inspect_encoder(first_model(name)) != "plm":
-                return first_model(name)
+            if inspect_encoder(first_model(name, or_teacher=True)) != "plm":
+                return first_model(name, or_teacher=True)
         except InputError:  # it is not here any more, and nothing is known of it
-            return first_model(name)
+            return first_model(name, or_teacher=True)
     return None
 
 
@@ -323,7 +331,7 @@ def label_metadata(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         return {}
     places = [model / "teacher-scores.parquet"]
     if not arguments.get("teachers"):
-        (scores,) = arguments["scores"]
+        (scores,) = scores_of(arguments)
         places = [model.parents[1] / Path(scores).name, Path(scores)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
@@ -336,7 +344,13 @@ def label_metadata(model: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 def sources_of(arguments: dict[str, Any], labels: dict[str, Any]) -> list[str]:
     """Return the files and Hub ids of the training text."""
     named = labels.get("pairs") or arguments.get("pairs") if labels else arguments["sentences"]
-    return named or arguments["scores"]
+    return named or scores_of(arguments)
+
+
+def scores_of(arguments: dict[str, Any]) -> list[str]:
+    """Return the files of a student's --scores; a run of before has a single name there."""
+    scores = arguments["scores"]
+    return [scores] if isinstance(scores, str) else scores
 
 
 def options_table(run: dict[str, Any]) -> str:

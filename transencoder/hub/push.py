@@ -246,6 +246,6 @@ def stage_repository(folder: Path, target: HubTarget) -> Repository:
     base = first_model(run["arguments"]["model_name_or_path"])
     content = CardContent(target.hub_model_id, folder, kind, base, command)
     teachers = label_metadata(folder, run["arguments"]).get("encoders", [])
-    content.labelled = labelled_start([run["arguments"]["model_name_or_path"], *teachers])
+    content.labelled = labelled_start([str(folder), *teachers])
     version = Version(content, f"{run['stage']}, seed {run['arguments']['seed']}")
     return Repository(target.hub_model_id, kind, [], version)

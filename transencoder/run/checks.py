@@ -86,6 +86,8 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
             select_by(arguments)
+            if teacher := getattr(arguments, "teacher", None):
+                check_bi_encoder(teacher)
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
             rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
             if stage == "distill_bi2cross":
