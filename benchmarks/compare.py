@@ -465,13 +465,14 @@ def make(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Make models and pairs that are not given; return the options that name them."""
     import growth
 
-    width, layers, vocabulary = SIZES[arguments.made]
-    growth.make_models(folder / "made", width, layers, vocabulary)
-    size = max(arguments.num_pairs, WARM_UP_PAIRS if arguments.made == "tiny" else MADE_PAIRS)
-    pairs = folder / "made" / "pairs.parquet"
-    growth.make_pairs(pairs, size, distinct=3 * size // 2)
-    made = dict(bi_encoder=folder / "made" / "bi", plm=folder / "made" / "plm", pairs=pairs, sentences=pairs)
-    return [word for key, path in made.items() if not getattr(arguments, key) for word in (f"--{key}", str(path))]
+    made, pairs = folder / "made", folder / "pairs.parquet"
+    if not (arguments.bi_encoder and arguments.plm):
+        growth.make_models(made, *SIZES[arguments.made])
+    if not (arguments.pairs and arguments.sentences):
+        size = max(arguments.num_pairs, WARM_UP_PAIRS if arguments.made == "tiny" else MADE_PAIRS)
+        growth.make_pairs(pairs, size, distinct=3 * size // 2)
+    paths = dict(bi_encoder=made / "bi", plm=made / "plm", pairs=pairs, sentences=pairs)
+    return [word for key, path in paths.items() if not getattr(arguments, key) for word in (f"--{key}", str(path))]
 
 
 def order(turn: int, sides: list[str]) -> list[str]:

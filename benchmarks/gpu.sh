@@ -7,7 +7,7 @@
 #   OUT                 folder for the tables, and for JSON, which is there also where the time ran out
 #   --base DIR          a language model of BERT-base's size; by default a random one, which is as fast
 #   --bi_encoder DIR    a bi-encoder of that size, with which the recipe begins; likewise
-#   --small DIR         a model of MiniLM's size, for speed; likewise
+#   --small DIR         a bi-encoder of MiniLM's size, for speed; likewise
 #   --pairs FILE        pairs of sentences, for all trainings and scorings; by default 27,000 (recipe: 37,000) random ones
 #   --dev FILE          labelled pairs, for the recipe; by default 1,500 random ones
 #   --smoke             the same with tiny models, on a CPU too, in a minute
@@ -26,9 +26,10 @@ mkdir -p "$out"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 speed() {  # MINUTES SIZE [MODEL [BI_ENCODER]]: a table and JSON for models of a size
-  local words=(--made "$2" --minutes "$1" --keep --repeats 3 --num_pairs 6400 --against peer "CUDA graphs")
+  local words=(--made "$2" --minutes "$1" --keep --repeats 3 --num_pairs 4800 --against peer "CUDA graphs")
   [[ ! $smoke ]] || words+=(--repeats 1 --num_pairs 256)
-  [[ ! ${3:-} ]] || words+=(--plm "$3" --bi_encoder "${4:-$3}")
+  [[ ! ${3:-} ]] || words+=(--plm "$3")
+  [[ ! ${4:-} ]] || words+=(--bi_encoder "$4")
   [[ ! ${given[pairs]:-} ]] || words+=(--pairs "${given[pairs]}" --sentences "${given[pairs]}")
   words+=(--works "train cross-encoder (step 2)" "train bi-encoder (step 3)" "contrastive (step 1)" "score, bi-encoder")
   python "$here/compare.py" "${words[@]}" "score, cross-encoder" --json "$out/speed-$2.json" | tee "$out/speed-$2.md"
@@ -84,7 +85,7 @@ case $part in
       speed 30 tiny
     else
       speed 3 bert-base "${given[base]:-}" "${given[bi_encoder]:-}"
-      speed 1.5 minilm "${given[small]:-}"
+      speed 1.5 minilm "${given[small]:-}" "${given[small]:-}"
     fi
     ;;
   recipe) recipe ;;
