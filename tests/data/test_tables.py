@@ -86,6 +86,24 @@ def test_csv_quotes_may_hold_commas_quotes_and_line_ends(tmp_path):
     assert pairs_of(read_pairs([source])) == [('a, "b"\r\nc', "d"), ("e\nf", "g")]
 
 
+@pytest.mark.parametrize("mark", ";\t|,")
+def test_a_csv_may_have_other_separators(tmp_path, mark):
+    content = f'id{mark}sentence1{mark}"sentence2"\n1{mark}"a, b{mark} c"{mark}d\n2{mark}e{mark}f\n'
+    assert pairs_of(read_pairs([write(tmp_path / "pairs.csv", content)])) == [(f"a, b{mark} c", "d"), ("e", "f")]
+
+
+def test_one_column_of_a_csv_may_hold_semicolons_in_its_text_and_a_comma_separates_where_both_do(tmp_path):
+    assert read_sentences([write(tmp_path / "s.csv", "sentence\na; b\nc\n")])["sentence"][:] == ["a; b", "c"]
+    source = write(tmp_path / "t.csv", '"sentence","note; by"\na; b,c\nd,e\n')
+    assert read_sentences([source])["sentence"][:] == ["a; b", "d"]
+
+
+def test_a_tsv_without_tabs_says_so(tmp_path):
+    message = refusal(write(tmp_path / "pairs.tsv", "sentence1;sentence2\na;b\n"))
+    said = "a .tsv has tabs between its columns; call a file with commas or semicolons .csv"
+    assert message == f"no column 'sentence1'; it has: sentence1;sentence2 ({said})"
+
+
 def test_a_quoted_line_end_may_stand_anywhere_in_a_file(tmp_path, small_blocks):
     rows = [(f"{'a' * i}\nb", f"c\n{i}") for i in range(1, 12)]
     content = "sentence1,sentence2\n" + "".join(f'"{a}","{b}"\n' for a, b in rows)
@@ -542,8 +560,14 @@ def test_a_file_that_only_claims_to_be_gzip_or_parquet_is_refused(tmp_path):
     ],
 )
 def test_text_that_is_not_utf_8_is_refused(tmp_path, suffix, content):
-    message = refusal(write(tmp_path / f"pairs{suffix}", content))
-    assert "utf8" in message.lower().replace("-", "")
+    assert refusal(write(tmp_path / f"pairs{suffix}", content)).endswith("not UTF-8 text: save the file as UTF-8")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])  # the first one with a byte order mark
+@pytest.mark.parametrize("suffix", WITH_SCORES)
+def test_utf_16_is_named(tmp_path, suffix, encoding):
+    source = write(tmp_path / f"pairs{suffix}", WITH_SCORES[suffix].encode(encoding))
+    assert refusal(source) == "UTF-16, which is not UTF-8 text: save the file as UTF-8"
 
 
 def test_fewer_than_two_distinct_sentences_are_refused(tmp_path):

@@ -26,6 +26,9 @@ ROW = "row"  # our name of the column with the rows' numbers, which no file has
 BLOCK_ROWS = 8192
 LONGEST_CELL = 1 << 26  # characters; beyond it, a quote was not closed
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n?')  # as Excel writes it above the header
+SEPARATORS = ",;\t|"  # of a .csv; where a header has as many columns by two of them, the first one
+UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, read as UTF-8
+SAVE_AS_UTF_8 = "not UTF-8 text: save the file as UTF-8"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that begins with one of these
 
 Row = list[Any] | str  # the values, or what is wrong with the row
@@ -80,7 +83,7 @@ def column_names(source: str) -> list[str]:
             name.encode()
         return names
     except UnicodeEncodeError as error:
-        raise InputError(f"{source}: not UTF-8 text") from error
+        raise InputError(f"{source}: {SAVE_AS_UTF_8}") from error
     except (ValueError, RecursionError, pa.ArrowException, OSError, EOFError, csv.Error, zlib.error) as error:
         raise InputError(f"{source}: cannot be read: {error}") from error
 
@@ -97,10 +100,10 @@ def require_columns(source: str, theirs: list[str], found: list[str]) -> None:
     missing = [name for name in theirs if name not in found]
     if missing:
         shown = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
-        raise InputError(
-            f"{source}: no column {missing[0]!r}; it has: {shown} "
-            "(rename with --columns ours=theirs; in a recipe, columns: [ours=theirs] in the section common)"
-        )
+        advice = "rename with --columns ours=theirs; in a recipe, columns: [ours=theirs] in the section common"
+        if len(found) == 1 and format_of(source) == ".tsv" and any(mark in found[0] for mark in SEPARATORS):
+            advice = "a .tsv has tabs between its columns; call a file with commas or semicolons .csv"
+        raise InputError(f"{source}: no column {missing[0]!r}; it has: {shown} ({advice})")
     twice = [name for name in theirs if found.count(name) > 1]
     if twice:
         raise InputError(f"{source}: two columns are called {twice[0]!r}")
@@ -126,6 +129,10 @@ def _lines(source: str) -> Iterator[str]:
     """Yield lines with their ends, of any system. Bytes that are not UTF-8 become surrogates, to be found later."""
     opened = gzip.open if source.endswith(".gz") else open
     with opened(source, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        first = next(stream, "")
+        if first.startswith(UTF_16) or "\0" in first[:2]:
+            raise InputError(f"{source}: UTF-16, which is {SAVE_AS_UTF_8}")
+        yield first
         yield from stream
 
 
@@ -149,15 +156,18 @@ def _text_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Itera
 def _table(source: str) -> tuple[list[str], Iterator[list[str]]]:
     """Return the header of a .csv, with quotes as usual, or of a .tsv, without quoting; and its rows.
 
+    The columns of a .csv are separated by what makes the most columns of its header, as Excel writes semicolons where
+    a comma is the decimal point.
     Python's own reader is strict about quotes; pyarrow's would take several rows for one where a quote is not closed.
     """
     lines = _lines(source)
     first, tabs = next(lines, ""), format_of(source) == ".tsv"
     named = SEPARATOR_LINE.fullmatch(first)
     csv.field_size_limit(LONGEST_CELL)
+    separator = max(SEPARATORS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
     rows = csv.reader(
         lines if named else itertools.chain([first], lines),
-        delimiter=named[1] if named else "\t" if tabs else ",",
+        delimiter=named[1] if named else "\t" if tabs else separator,
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
@@ -249,7 +259,7 @@ def _array(name: str, values: list[Any], problems: dict[int, str]) -> pa.Array:
     except UnicodeEncodeError:
         for place, value in enumerate(values):
             if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-                problems.setdefault(place, f"{name} is not UTF-8 text")
+                problems.setdefault(place, f"{name} is {SAVE_AS_UTF_8}")
                 values[place] = None
         return pa.array(values, type_)
 
