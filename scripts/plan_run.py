@@ -76,7 +76,7 @@ def main() -> None:
     from transencoder.run.plan import keep_recipe, load_plan, resolve_recipe
     from transencoder.run.stages import make_stages, write_stages
     from transencoder.runtime.accelerator import quiet_libraries
-    from transencoder.runtime.backends import cpu_cores, without_gpu
+    from transencoder.runtime.backends import cpu_cores, spelled_out, without_gpu
 
     quiet_libraries()
     models, student = {"plm": words.plm, "bi_encoder": words.bi_encoder}, words.student
@@ -102,7 +102,7 @@ def main() -> None:
             for stage in make_stages(plan, run, Path(words.recipe), seed):
                 print(stage.command(words.launcher, Path(sys.argv[0]).parent))
         return
-    print(words.launcher)
+    print(spelled_out(words.launcher))
     print(cpu_cores() if without_gpu() and words.launcher == "accelerate launch" else "")
     options = [*(["--student", student] if student else []), "--patience", str(words.patience)]
     print(*options, *(["--push"] if target.hub_model_id else []))

@@ -39,7 +39,7 @@ trap 'stopped=1' USR1 INT  # the stage that runs gets one of its own, and ends
 # run_stages.py, and for each run its folder and the file in which a launch says how it ended.
 planned=$(python "$here/plan_run.py" "$@") || ended $? "checking the recipe"
 [[ " $* " != *" --dry_run "* ]] || { echo "$planned"; exit 0; }
-{ read -r launcher; launcher=${launcher/#accelerate launch/accelerate launch --quiet}; read -r threads; read -r words; mapfile -t runs; } <<<"$planned"
+{ read -r launcher; read -r threads; read -r words; mapfile -t runs; } <<<"$planned"
 [[ ! $threads ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS-$threads}
 for ((i = 0; i < ${#runs[@]}; i += 2)); do
   run=${runs[i]} outcome=${runs[i + 1]} next="again 0"

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from accelerate.commands import launch as accelerate_launch
 from conftest import launch, random_pairs, write_jsonl
 from safetensors.numpy import load_file
 
 from transencoder.encoders import load_bi_encoder
 from transencoder.model_files import ModelOptions
+from transencoder.runtime import backends
 
 pytestmark = pytest.mark.slow
 
@@ -124,3 +126,29 @@ def test_scores_are_those_of_one_process(config, score, expected_scores):
     table = score(config=config, processes=2)
     assert json.loads(table.schema.metadata[b"transencoder"])["world_size"] == 2
     np.testing.assert_allclose(table["score"].to_numpy(), expected_scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 4])
+@pytest.mark.parametrize("launcher", ["accelerate launch", "accelerate launch --multi_gpu --num_processes 2"])
+def test_accelerate_has_no_default_to_list(monkeypatch, caplog, devices, launcher):
+    monkeypatch.setattr(accelerate_launch, "default_config_file", "none")
+    monkeypatch.setattr(backends, "default_config_file", "none")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: devices)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: devices > 0)
+    words = backends.spelled_out(launcher).split()
+    parser = accelerate_launch.launch_command_parser()
+    found, *_ = accelerate_launch._validate_launch_command(parser.parse_args([*words[2:], "x.py"]))
+    assert not caplog.records and found.quiet
+    processes = 2 if "--multi_gpu" in launcher else max(devices, 1)
+    assert (found.num_processes, found.multi_gpu, found.mixed_precision) == (processes, processes > 1, "no")
+
+
+def test_a_launcher_with_settings_of_its_own_keeps_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "default_config_file", "none")
+    named = "accelerate launch --config_file c.yaml"
+    assert backends.spelled_out(named) == "accelerate launch --quiet --config_file c.yaml"
+    assert backends.spelled_out("python -m accelerate.commands.launch") == "python -m accelerate.commands.launch"
+    (tmp_path / "default.yaml").touch()
+    monkeypatch.setattr(backends, "default_config_file", str(tmp_path / "default.yaml"))
+    assert backends.spelled_out("accelerate launch") == "accelerate launch --quiet"

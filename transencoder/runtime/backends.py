@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, str_to_bool
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -29,6 +30,24 @@ def cpu_cores() -> int:
     """Return the number of physical cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(psutil.cpu_count(logical=False) or 1, allowed or 1)
+
+
+def spelled_out(launcher: str) -> str:
+    """Return a launcher with the defaults of `accelerate launch`, which each log would begin with a list of.
+
+    Where a file of settings has them, they are left to it.
+    """
+    given = launcher.split()
+    if given[:2] != ["accelerate", "launch"]:
+        return launcher
+    words = ["accelerate", "launch", "--quiet"]
+    kept = os.path.isfile(default_config_file) and "--cpu" not in given
+    if not kept and not any(word.startswith("--config_file") for word in given):
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        if len(given) == 2:
+            devices = torch.accelerator.device_count()
+            words += ["--num_processes", str(max(devices, 1)), *(["--multi_gpu"] if devices > 1 else [])]
+    return " ".join([*words, *given[2:]])
 
 
 def idle_cores(accelerator: Accelerator) -> int:
