@@ -19,11 +19,12 @@ from transencoder.embeddings import embed_texts, smoothed
 from transencoder.errors import InputError
 from transencoder.hub.card import method_of
 from transencoder.inference import Inference
-from transencoder.labels import teachers_of
+from transencoder.labels import believed, teachers_of
 from transencoder.losses import ranks, standard_scores
 from transencoder.run.plan import load_plan
 from transencoder.run.stages import read_stages
 from transencoder.scoring import Mean, Teachers
+from transencoder.selection import training_rows
 
 ROWS = [("how late", "how is my parcel"), ("pay my order", "cancel it"), ("the app", "a plan"), ("not late", "late")]
 
@@ -61,6 +62,19 @@ def test_a_pairs_mean_is_over_the_teachers_that_scored_it():
     assert mean.scores() == pytest.approx([0.2, 0.2, 0.4])
 
 
+def test_teachers_disagree_by_the_weighted_deviation_of_their_scores():
+    mean = Mean(3, "none")
+    mean.add(np.array([0.1, 0.2, 0.5]), 3.0)
+    assert mean.disagreement() is None
+    mean.add(np.array([0.5, np.nan, 0.5]), 1.0)
+    # The mean 0.2: sqrt((3 x 0.1^2 + 0.3^2) / 4); one teacher; equal scores
+    assert mean.disagreement() == pytest.approx([0.03**0.5, 0, 0], abs=1e-7)
+    mean = Mean(4, "rank")
+    mean.add(np.array([0.61, 0.6, 0.62, 0.63]), 1.0)
+    mean.add(np.array([3.0, 1.0, 7.0, 5.0]), 1.0)
+    assert mean.disagreement() == pytest.approx([0, 0, 1 / 8, 1 / 8])  # ranks 5/8 and 7/8, the other way round
+
+
 def test_scores_on_any_scale_are_put_on_one():
     ours, theirs = np.array([0.61, 0.6, 0.62, 0.63]), np.array([np.nan, 1.0, 5.0, 3.0])
     mean = Mean(4, "rank")
@@ -72,6 +86,27 @@ def test_scores_on_any_scale_are_put_on_one():
     mean.add(ours, 1.0)
     # Standard scores -0.447214, -1.341641, 0.447214, 1.341641; sigmoids of twice them
     assert mean.scores() == pytest.approx([0.290193, 0.063967, 0.709807, 0.936033], abs=1e-5)
+
+
+def test_pairs_count_as_the_teachers_agree_on_them():
+    def rows(disagreement, *words):
+        words = ["--model_name_or_path", "m", "--scores", "s", "--output_dir", "o", *words]
+        arguments = parse_stage("distill_cross2bi", argv=words)
+        table = datasets.Dataset.from_dict({"row": range(len(disagreement)), "disagreement": disagreement})
+        found = list(believed(table, arguments)["row"])
+        assert len(found) == training_rows(len(disagreement), arguments)
+        return found
+
+    apart, drop, weight = [0.3, 0.1, 0.4, 0.2], ["--drop_disagreement", "0.25"], "--weight_disagreement"
+    assert rows(apart) == [0, 1, 2, 3]
+    assert rows(apart, *drop) == [0, 1, 3]
+    # Weights 3/4, 7/4, 1/4, 5/4, which reach to 0.75, 2.5, 2.75, 4: where 0.5, 1.5, 2.5, 3.5 fall
+    assert rows(apart, weight) == [0, 1, 1, 3]
+    assert rows(apart, *drop, weight) == [1, 1, 3]  # 1/3, 5/3, 1
+    assert rows([0.1] * 5, weight) == [0, 1, 2, 3, 4]
+    equal = rows([0.1] * 100, "--drop_disagreement", "0.5")
+    assert 50 not in (sum(row < 50 for row in equal), sum(row >= 50 for row in equal))  # not the file's last
+    assert equal != rows([0.1] * 100, "--drop_disagreement", "0.5", "--seed", "1")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -121,12 +156,34 @@ def test_labels_are_the_mean_of_encoders_files_and_strings(encoders, tmp_path, r
     expected = (weights * np.nan_to_num([ranks(bi), ranks(cross), other])).sum(axis=0) / weights.sum(axis=0)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert ((found > 0) & (found < 1)).all()
+    apart = (weights * (np.nan_to_num([ranks(bi), ranks(cross), other]) - expected) ** 2).sum(axis=0)
+    kept = pq.read_table(tmp_path / "all.parquet")["disagreement"].to_numpy()
+    np.testing.assert_allclose(kept, np.sqrt(apart / weights.sum(axis=0)), atol=1e-6)
+    assert "disagreement" not in pq.read_schema(tmp_path / "cross.parquet").names
 
     words = ["--teachers", *encoders, "--pairs", pairs, *mixed, "--total_batch_size", 8, "--max_steps", 1]
     words += ["--model_name_or_path", encoders[0], "--output_dir", tmp_path / "student", "--mixed_precision", "no"]
     result = run_script("distill_cross2bi.py", *words)
     assert result.returncode == 0, result.stderr
     assert (pq.read_table(tmp_path / "student" / "teacher-scores.parquet")["score"].to_numpy() == found).all()
+
+
+def test_a_student_need_not_learn_what_its_teachers_disagree_on(encoders, tmp_path, run_script):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(24))
+    words = ["--model_name_or_path", encoders[1], "--total_batch_size", 8, "--max_steps", 1]
+    words += ["--output_dir", tmp_path / "student", "--drop_disagreement", 0.5, "--weight_disagreement"]
+    of_teacher = ["--teachers", encoders[1], "--pairs", pairs]
+    result = run_script("distill_bi2cross.py", *words, *of_teacher, "--both_orders")
+    assert result.returncode == 0, result.stderr
+    assert "24 pairs, 24 examples" in result.stderr  # 12 are left, in both orders
+    assert "12 of 24 pairs are dropped: the teachers disagree on them most" in result.stderr
+    assert json.loads((tmp_path / "student" / "run.json").read_text())["examples"] == 24
+
+    words += ["--overwrite"]
+    result = run_script("distill_bi2cross.py", *words, *of_teacher)
+    assert result.returncode == 2 and "--drop_disagreement: one teacher scores the pairs" in result.stderr
+    result = run_script("distill_bi2cross.py", *words, "--scores", pairs, "--rescale", "logistic")
+    assert result.returncode == 2 and "no column 'disagreement'" in result.stderr
 
 
 # --- step 1 ----------------------------------------------------------------------------------------------------------
@@ -271,3 +328,15 @@ def test_a_bi_encoder_can_compare_neighbourhoods(tmp_path, pairs, tiny_bert):
     assert np.abs(scores(2) - scores(0)).max() > 1e-3
     assert scores(2, cross) == pytest.approx(scores(0, cross))
     assert np.isfinite(scores(1000)).all()  # more than there are sentences
+
+
+def test_a_recipe_with_one_teacher_has_no_disagreement(encoders, tiny_bert, tmp_path, run_script):
+    """Both orders are two teachers of the bi-encoder, whose labels are the cross-encoder's, and one of the other."""
+    recipe = recipe_with([], encoders, tiny_bert, write_jsonl(tmp_path / "pairs.jsonl", random_pairs(24)))
+    recipe["score_pairs"] = {"both_orders": True}
+    path = tmp_path / "recipe.yaml"
+    for number, (stage, code) in enumerate((("distill_bi2cross", 2), ("distill_cross2bi", 0))):
+        path.write_text(yaml.safe_dump(recipe | {stage: recipe[stage] | {"weight_disagreement": True}}))
+        result = run_script("plan_run.py", "--recipe", path, "--output_dir", tmp_path / f"run-{number}")
+        assert result.returncode == code, result.stderr
+        assert ("--weight_disagreement: one teacher scores the pairs" in result.stderr) == (code == 2)

@@ -18,6 +18,7 @@ from transencoder.data.tables import PAIRS, blocks, content_checksum, numbers, r
 from transencoder.data.tasks import Task
 from transencoder.errors import InputError
 from transencoder.inference import Inference
+from transencoder.losses import ranks
 from transencoder.model_checks import check_encoders
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
@@ -25,7 +26,7 @@ from transencoder.runtime.records import HUB_COMMITS, code_version, identity
 from transencoder.runtime.shards import Shards
 from transencoder.runtime.waiting import wait_long
 from transencoder.scoring import Teachers
-from transencoder.selection import hold_out, training_rows
+from transencoder.selection import believed_rows, hold_out, training_rows
 
 # Pairs that a file of scores shares with a labelled set, and correlation on them, from which it holds its labels.
 SHARED_PAIRS, SAME_SCORES = 10, 0.999
@@ -70,10 +71,39 @@ class StudentPairs:
             metadata = identity(arguments, input_files(arguments))
             if not is_made(path, metadata, overwrite=arguments.overwrite):
                 score_to_file(self.teachers, self.pairs, path, inference, arguments.shard_rows, metadata)
-            labelled = read_pairs([str(path)], "score")
+            labelled = read_pairs([str(path)], _label_columns(arguments))
             check_label_range(str(path), labelled, arguments)
         set_seed(arguments.seed)  # teachers may have drawn numbers, and a new head is random
-        return hold_out(labelled, arguments)
+        labels, held_out = hold_out(labelled, arguments)
+        return believed(labels, arguments), held_out
+
+
+def _label_columns(arguments: LabelArguments) -> tuple[str, ...]:
+    return ("score", "disagreement") if arguments.by_disagreement else ("score",)
+
+
+def believed(labels: datasets.Dataset, arguments: LabelArguments) -> datasets.Dataset:
+    """Return the pairs on whose scores the teachers agree, where they are to count for more than the others.
+
+    What counts twice is there twice: so it does under every loss. `training_rows` knows how many rows there will be.
+
+    Args:
+        labels: with the column disagreement.
+    """
+    if not arguments.by_disagreement:
+        return labels
+    # In a random order, so that it is not the last of the file that go where many are equal.
+    order = np.random.default_rng(arguments.seed).permutation(len(labels))
+    disagreement = numbers(labels, "disagreement")
+    order = order[np.argsort(disagreement[order], kind="stable")]
+    rows = np.sort(order[: believed_rows(len(labels), arguments)])
+    if dropped := len(labels) - len(rows):
+        log(f"{dropped} of {len(labels)} pairs are dropped: the teachers disagree on them most")
+    if arguments.weight_disagreement and len(rows):
+        often = 2 * (1 - ranks(disagreement[rows]))  # 1 on average
+        rows = rows[np.searchsorted(often.cumsum(), np.arange(len(rows)) + 0.5)]
+        log(f"{len(np.unique(rows))} pairs are taken once or twice, as the teachers agree on them")
+    return labels.select(rows)
 
 
 def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> datasets.Dataset:
@@ -86,7 +116,7 @@ def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> data
         check_encoders(arguments.teachers, model_options(arguments))
         return read_pool(arguments, drop_duplicates=True)
     (path,) = arguments.scores
-    pairs = read_pairs([path], "score", arguments)
+    pairs = read_pairs([path], _label_columns(arguments), arguments)
     check_label_range(path, pairs, arguments)
     check_no_labels(path, pairs, dev)
     return pairs
@@ -191,11 +221,12 @@ def score_to_file(
     """
     accelerator = inference.accelerator
     shards = Shards(path, {**metadata, "read": content_checksum(pairs)}, shard_rows, accelerator)
-    (scores,) = teachers.score([pairs], dataclasses.replace(inference, shards=shards))
+    (mean,) = teachers.means([pairs], dataclasses.replace(inference, shards=shards))
+    scores = mean.scores()
     if accelerator.is_main_process:
         record = {"world_size": accelerator.num_processes, "code": code_version()}
         record |= {"hub_datasets": HUB_COMMITS} if HUB_COMMITS else {}
-        write_scores(path, pairs, scores, {**metadata, **record})
+        write_scores(path, pairs, scores, {**metadata, **record}, mean.disagreement())
     shards.remove()
     wait_long()
     return scores

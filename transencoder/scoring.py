@@ -128,7 +128,11 @@ class Teachers:
         return weights / weights.sum()
 
     def score(self, sets: list[datasets.Dataset], inference: Inference) -> list[np.ndarray]:
-        """Return the mean scores of sets of pairs, float32 [pairs] each. Encoders are loaded one after another.
+        """Return the mean scores of sets of pairs, float32 [pairs] each. Arguments as of `means`."""
+        return [mean.scores() for mean in self.means(sets, inference)]
+
+    def means(self, sets: list[datasets.Dataset], inference: Inference) -> list["Mean"]:
+        """Score sets of pairs. Encoders are loaded one after another.
 
         Args:
             inference: its shards, if it has them, are for a single set.
@@ -156,7 +160,7 @@ class Teachers:
         if self.lexical_weight:
             for mean, pairs in zip(means, sets, strict=True):
                 mean.add(lexical_scores(pairs), self.lexical_weight)
-        return [mean.scores() for mean in means]
+        return means
 
 
 class Mean:
@@ -168,18 +172,32 @@ class Mean:
     """
 
     def __init__(self, size: int, scale: str):
-        self.scale, self.total, self.weights = scale, np.zeros(size), np.zeros(size)
+        self.scale, self.teachers = scale, 0
+        self.total, self.squares, self.weights = np.zeros(size), np.zeros(size), np.zeros(size)
 
     def add(self, scores: np.ndarray, weight: float) -> None:
         """Take a teacher in. `scores`: float [pairs], NaN for those that it has not scored."""
         there = ~np.isnan(scores)
-        self.total[there] += weight * SCALES[self.scale].function(scores[there])
+        scaled = SCALES[self.scale].function(scores[there]).astype(np.float64)
+        self.total[there] += weight * scaled
+        self.squares[there] += weight * scaled**2
         self.weights[there] += weight
+        self.teachers += 1
 
     def scores(self) -> np.ndarray:
         """Return the mean, float32 [pairs]; from 0 to 1 on the scales that are not "none"."""
         mean = self.total / self.weights
         return (logistic(mean) if self.scale == "standard" else mean).astype(np.float32)
+
+    def disagreement(self) -> np.ndarray | None:
+        """Return the weighted standard deviation of a pair's scores on their scale, float32 [pairs].
+
+        A single score has 0. None where there is one teacher: both orders of a cross-encoder are two.
+        """
+        if self.teachers < 2:
+            return None
+        variance = self.squares / self.weights - (self.total / self.weights) ** 2
+        return np.sqrt(variance.clip(0)).astype(np.float32)
 
 
 def score_texts(

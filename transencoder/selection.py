@@ -32,18 +32,28 @@ def merged_by(arguments: TrainingArguments) -> str | float:
     return getattr(arguments, "merge_with_start", "off")
 
 
-def training_rows(rows: int, arguments: TrainingArguments) -> int:
-    """Return how many of `rows` pairs are left to train on once the held-out ones are taken away.
+def training_rows(rows: int, arguments: LabelArguments) -> int:
+    """Return how many of `rows` pairs are left to train on once some are held out, and others dropped.
 
     Raises:
-        InputError: fewer than two, or more than half of the pairs would be held out.
+        InputError: more than half of the pairs would be held out.
     """
+    return believed_rows(rows - held_out_rows(rows, arguments), arguments)
+
+
+def held_out_rows(rows: int, arguments: TrainingArguments) -> int:
+    """Return how many of `rows` pairs are held out; raises `InputError` if that is more than half of them."""
     if "agreement" not in (select_by(arguments), merged_by(arguments)):
-        return rows
+        return 0
     held_out = arguments.num_held_out
     if 2 * held_out > rows:
         raise InputError(f"--num_held_out {held_out}: more than half of the {rows} pairs")
-    return rows - held_out
+    return held_out
+
+
+def believed_rows(rows: int, arguments: LabelArguments) -> int:
+    """Return how many of `rows` pairs are left once those are dropped on which the teachers disagree."""
+    return rows - round(arguments.drop_disagreement * rows)
 
 
 def hold_out(labels: datasets.Dataset, arguments: TrainingArguments) -> tuple[datasets.Dataset, Task | None]:
@@ -55,7 +65,7 @@ def hold_out(labels: datasets.Dataset, arguments: TrainingArguments) -> tuple[da
         The pairs to train on, and the held-out ones as a task whose gold values are the teacher's scores: a student's
         Spearman correlation on it is its agreement with the teacher. None where nothing is held out.
     """
-    size = len(labels) - training_rows(len(labels), arguments)
+    size = held_out_rows(len(labels), arguments)
     if not size:
         return labels, None
     order = np.random.default_rng(arguments.seed).permutation(len(labels))

@@ -617,7 +617,7 @@ SCALES = "as cosines and probabilities are; step 2 takes other scales with --res
 
 def label_arguments(**changes: object) -> Namespace:
     values = dict.fromkeys(["scores", "teachers", "pairs", "columns", "data_dir", "extra_pairs", "num_training_pairs"])
-    return Namespace(**{**values, "skip_bad_rows": False, "seed": 1, **changes})
+    return Namespace(**{**values, "skip_bad_rows": False, "seed": 1, "by_disagreement": False, **changes})
 
 
 @pytest.mark.parametrize("score", ["1.01", "-1.5", "3"])

@@ -254,6 +254,20 @@ class LabelArguments(TeacherArguments, ShardArguments, PoolArguments):
     teachers: list[str] | None = option("Encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs, as score_pairs.py takes them.", None)
     num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500, limits=(2, None))
+    drop_disagreement: float = option(
+        "Share of the pairs to leave out: those whose teachers disagree most, by the column disagreement. "
+        "score_pairs.py writes it where there are several; --teacher_scale rank makes them comparable.",
+        0.0,
+        limits=(0, 1),
+    )
+    weight_disagreement: bool = option(
+        "Take a pair the more often the better its teachers agree: by their order from twice to not at all.", False
+    )
+
+    @property
+    def by_disagreement(self) -> bool:
+        """Return whether it matters how far a pair's teachers are from one another."""
+        return bool(self.drop_disagreement or self.weight_disagreement)
 
     def __post_init__(self) -> None:
         if not (self.scores or self.teachers):
@@ -270,6 +284,15 @@ class LabelArguments(TeacherArguments, ShardArguments, PoolArguments):
                     raise InputError(f"--{name} goes with --teachers, or with score_pairs.py")
         super().__post_init__()
         self.check_weights(self.teachers)
+        if self.teachers:
+            several = [self.lexical_weight, self.both_orders]
+            self.check_disagreement(len(self.teachers) + len(self.scores or []) + sum(map(bool, several)))
+
+    def check_disagreement(self, teachers: int) -> None:
+        """Raise `InputError` if pairs are chosen by how far `teachers` agree, and there is one."""
+        if self.by_disagreement and teachers < 2:
+            name = "drop_disagreement" if self.drop_disagreement else "weight_disagreement"
+            raise InputError(f"--{name}: one teacher scores the pairs; add others, --both_orders or --lexical_weight")
 
 
 @dataclass
@@ -362,7 +385,7 @@ class ScoringArguments(TeacherArguments, ShardArguments, PoolArguments, StageArg
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_keep(self.keep, ("sentence1", "sentence2", "score", "row"))
+        check_keep(self.keep, ("sentence1", "sentence2", "score", "disagreement", "row"))
         self.check_weights(self.encoders)
 
 

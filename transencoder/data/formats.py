@@ -20,7 +20,7 @@ from transencoder.runtime.files import replacing
 
 PAIR_SEPARATOR = "||"
 FORMATS = (".txt", ".tsv", ".csv", ".jsonl", ".parquet")
-NUMBERS = ("score", "label")  # our names of columns that hold numbers
+NUMBERS = ("score", "label", "disagreement")  # our names of columns that hold numbers
 KEPT = "kept "  # begins our names of columns that are only carried along, as text
 ROW = "row"  # our name of the column with the rows' numbers, which no file has
 BLOCK_ROWS = 8192

@@ -20,18 +20,26 @@ from transencoder.runtime.shards import remove_shards
 KEY = b"transencoder"  # of the metadata in a Parquet file
 
 
-def write_scores(path: Path, pairs: datasets.Dataset, scores: np.ndarray, metadata: dict[str, Any]) -> None:
+def write_scores(
+    path: Path,
+    pairs: datasets.Dataset,
+    scores: np.ndarray,
+    metadata: dict[str, Any],
+    disagreement: np.ndarray | None = None,
+) -> None:
     """Write sentence1, sentence2, score (float32) and what `pairs` has besides as Parquet, atomically.
 
     Args:
         metadata: goes into the file.
+        disagreement: of several teachers, float32 [pairs]; one more column.
     """
-    more = [name for name in pairs.column_names if name not in (*PAIRS, "score")]
+    own = {"score": scores} | ({} if disagreement is None else {"disagreement": disagreement})
+    more = [name for name in pairs.column_names if name not in (*PAIRS, *own)]
 
     def tables() -> Iterator[pa.Table]:
         for start, block in blocks(pairs):
-            some = scores[start : start + len(block)]
-            yield pa.table({**{n: block[n] for n in PAIRS}, "score": some, **{n: block[n] for n in more}})
+            some = {name: values[start : start + len(block)] for name, values in own.items()}
+            yield pa.table({**{n: block[n] for n in PAIRS}, **some, **{n: block[n] for n in more}})
 
     write_tables(path, tables(), metadata)
 

@@ -102,7 +102,7 @@ def join_sentences(parts: list[datasets.Dataset], sources: list[str]) -> dataset
 
 def read_pairs(
     sources: list[str],
-    gold: str | None = None,
+    gold: str | tuple[str, ...] | None = None,
     reading: Reading = AS_IT_IS,
     drop_duplicates: bool = False,
     keep: list[str] | None = None,
@@ -112,7 +112,7 @@ def read_pairs(
     Args:
         sources: .txt (`sentence1||sentence2`), .tsv, .csv, .jsonl or .parquet, plain or .gz, or Hub ids
             (`ORG/NAME:split@revision`; by default train and main).
-        gold: name of a numeric column to read as well: "score" or "label" (0 or 1).
+        gold: numeric column(s) to read as well: "score", "label" (0 or 1), "disagreement".
         reading: how columns are renamed, and what is done about bad rows.
         drop_duplicates: keep the first of exactly equal pairs.
         keep: columns that are carried along, as text, together with the rows' numbers.
@@ -123,7 +123,7 @@ def read_pairs(
         InputError: a missing, empty or unreadable file, a missing column, an empty sentence, a score that is not a
             number, fewer than two distinct sentences. The message names file, row and column.
     """
-    wanted = PAIRS + ((gold,) if gold else ()) + tuple(_carried(keep) if keep else ())
+    wanted = PAIRS + ((gold,) if isinstance(gold, str) else gold or ()) + tuple(_carried(keep) if keep else ())
     table = datasets.concatenate_datasets([_cached_table(source, wanted, reading) for source in sources])
     table = table.rename_columns({f"{KEPT}{name}": name for name in keep}) if keep else table
     _check_two_distinct(table, PAIRS, sources)

@@ -217,6 +217,10 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         lines.append(f"Another teacher's scores: `{Path(path).name}`")
     if labels.get("lexical_weight"):
         lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
+    if share := arguments.get("drop_disagreement"):
+        lines.append(f"The {100 * share:g} % of the pairs on which its teachers disagreed most were left out.")
+    if arguments.get("weight_disagreement"):
+        lines.append("It saw a pair the more often the better its teachers agreed on it: from twice to not at all.")
     if labels.get("both_orders") and run["stage"] == "distill_cross2bi":
         lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
     sums = (labels or arguments).get("inputs", {})

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from transencoder.config.arguments import ScoringArguments
+from transencoder.config.arguments import LabelArguments, ScoringArguments
 from transencoder.config.options import Reading
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
@@ -52,7 +52,7 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
     tasks = [load_task(spec, plan.data_dir, measuring) for spec in plan.tasks]
     _check_apart(load_task(plan.dev, plan.data_dir, labelling) if plan.dev else None, tasks, recipe_path)
     for student in plan.students:
-        _check_options(student, plan, recipe_path, sentences, pairs)
+        _check_options(student, plan, recipe_path, sentences, pairs, labelling)
 
 
 def _check_teachers(plan: Plan, options: ModelOptions, reading: Reading) -> None:
@@ -74,7 +74,9 @@ def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
         )
 
 
-def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int) -> None:
+def _check_options(
+    student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int, labelling: ScoringArguments
+) -> None:
     """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
     for stage in STAGES:
         words = _stand_ins(stage, recipe_path, len(plan.students)) + as_options(getattr(student, stage, {}))
@@ -88,6 +90,10 @@ def _check_options(student: Student, plan: Plan, recipe_path: str, sentences: in
             select_by(arguments)
             if teacher := getattr(arguments, "teacher", None):
                 check_bi_encoder(teacher)
+            if isinstance(arguments, LabelArguments):
+                several = [teacher.model for teacher in plan.teachers] + [labelling.lexical_weight]
+                several += [labelling.both_orders and plan.alternate and stage == "distill_cross2bi"]
+                arguments.check_disagreement(len(plan.students) + len(labelling.scores) + sum(map(bool, several)))
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
             rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
             if stage == "distill_bi2cross":
