@@ -19,8 +19,7 @@ if __name__ == "__main__":
     answer_early(STAGE, __doc__)
 
 from transencoder.errors import one_line_errors
-from transencoder.model_checks import check_bi_encoder
-from transencoder.search.mining import mine_to_file, picture_of
+from transencoder.search.mining import check_mining, mine_to_file
 from transencoder.search.mix import parse_mix, read_sides, wanted_pairs
 from transencoder.stage import FileStage
 
@@ -31,10 +30,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = stage.arguments
     sources = parse_mix(arguments.mix)
     stage.start("pairs")
-    picture_of(arguments)
+    check_mining(arguments)
 
-    for name in arguments.encoders:
-        check_bi_encoder(name, stage.options)
     sides = read_sides(arguments.sentences, arguments.sentences_b, arguments.data_dir, arguments)
     wanted = wanted_pairs(sources, arguments.num_pairs, sides)
     sizes = f"{len(sides.first)} sentences" + ("" if sides.single else f" and {len(sides.second)}")

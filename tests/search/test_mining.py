@@ -262,6 +262,25 @@ def test_of_more_pairs_those_are_kept_that_are_spread_evenly(tiny_bert, sentence
     assert widths[5] < widths[1]
 
 
+def test_pairs_are_spread_over_a_cross_encoders_scores(tiny_bert, sentences, tmp_path, run_script):
+    save_telling_encoders(tmp_path, tiny_bert)
+    cross, by_cross = tmp_path / "cross", ["--spread", 5, "--spread_by", tmp_path / "cross"]
+    words = ["--encoders", tmp_path / "bi", "--sentences", sentences, "--num_pairs", 100]
+    widths = {}
+    for name, more in (("cosine", ["--spread", 5]), ("cross", by_cross)):
+        output, scores = tmp_path / f"{name}.parquet", tmp_path / f"{name}-scores.parquet"
+        result = run_script("mine_pairs.py", *words, "--output", output, *more)
+        assert result.returncode == 0, result.stderr
+        assert (f"spread evenly over the scores of {cross}" in result.stderr) == (name == "cross")
+        assert pq.read_table(output).num_rows == 100
+        assert not list(tmp_path.glob(".*.parts"))
+        scored = run_script("score_pairs.py", "--encoders", cross, "--pairs", output, "--output", scores)
+        assert scored.returncode == 0, scored.stderr
+        values = pq.read_table(scores)["score"].to_numpy()
+        widths[name] = np.histogram(values, 10, (values.min(), values.max()))[0].std()
+    assert widths["cross"] < widths["cosine"] / 2
+
+
 def test_two_sides_pair_a_sentence_of_each(bi_encoder, tmp_path, run_script):
     questions, answers = random_sentences(30, seed=1), random_sentences(25, seed=2)
     shared = "how do i pay"
@@ -293,6 +312,8 @@ def test_two_sides_pair_a_sentence_of_each(bi_encoder, tmp_path, run_script):
         ("one\ntwo\nthree\n", [], "there is no neighbour of rank 4 among 2 sentences"),
         ("one\ntwo\n", ["--mix", "nearby=1"], "--mix nearby=1"),
         ("one\ntwo\n", ["--num_pairs", "0"], "--num_pairs 0"),
+        ("one\ntwo\n", ["--spread_by", "cross"], "--spread_by: needs more pairs to choose from"),
+        ("one\ntwo\n", ["--spread", "2", "--spread_by", "no/model"], "no/model"),
         ("one\ntwo\n", ["--mix", "random=1", "--histogram", __file__], "exists and is no PNG"),
         ("one\ntwo\n", ["--mix", "random=1", "--histogram", "/dev"], "--histogram /dev: a folder"),
         ("one\ntwo\n", ["--mix", "random=1", "--histogram", f"{__file__}/a.png"], "--histogram"),
@@ -319,11 +340,12 @@ def test_a_cross_encoder_or_a_plain_model_cannot_say_what_is_near(tiny_bert, sen
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_pairs(bi_encoder, sentences, tmp_path):
+def test_two_processes_find_the_same_pairs(bi_encoder, cross_encoder, sentences, tmp_path):
     found = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}.parquet"
         words = ["--encoders", bi_encoder, "--sentences", sentences, "--output", output, "--mixed_precision", "no"]
+        words += ["--num_pairs", 100, "--spread", 3, "--spread_by", cross_encoder]
         result = launch("mine_pairs.py", *words, "--shard_rows", 25, processes=processes)
         assert result.returncode == 0, result.stderr[-2000:]
         found.append(pq.read_table(output).select(["sentence1", "sentence2", "source"]).to_pydict())

@@ -7,7 +7,6 @@ from typing import Literal
 from transencoder.config.options import (
     EncoderArguments,
     HubArguments,
-    ModelArguments,
     ReportArguments,
     ShardArguments,
     StageArguments,
@@ -390,7 +389,7 @@ class ScoringArguments(TeacherArguments, ShardArguments, PoolArguments, StageArg
 
 
 @dataclass
-class MiningArguments(ModelArguments, ShardArguments, StageArguments):
+class MiningArguments(EncoderArguments, ShardArguments, StageArguments):
     """Options of finding candidate pairs among sentences."""
 
     GROUP = "mining"
@@ -415,12 +414,21 @@ class MiningArguments(ModelArguments, ShardArguments, StageArguments):
         1,
         limits=(1, 1000),
     )
+    spread_by: str | None = option(
+        "Spread them over this encoder's scores, from the lowest to the highest, and not over the cosine: a "
+        "cross-encoder, which scores all that --spread finds. Folder or Hub id.",
+        None,
+    )
     histogram: str | None = option(
         "PNG with the similarities of each source. Default: beside the output.", None, identity=False
     )
     data_dir: str | None = option(
         "Folder with the pools that --sentences names. Default: they come from the Hub.", None
     )
+
+    def __post_init__(self) -> None:
+        if self.spread_by and self.spread == 1:
+            raise InputError("--spread_by: needs more pairs to choose from, --spread 2 or more")
 
 
 @dataclass

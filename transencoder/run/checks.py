@@ -104,6 +104,7 @@ def _check_options(
 def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
     """Return how many pairs are to be mined, and check the options and the sentences."""
     mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
+    check_encoders([mining.spread_by] if mining.spread_by else [], model_options(mining))
     sides = read_sides(plan.sentences, plan.sentences_b, plan.data_dir, mining)
     return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, sides))
 

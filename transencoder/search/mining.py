@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
@@ -19,12 +20,14 @@ from transencoder.data.tokens import tokenize
 from transencoder.embeddings import embed
 from transencoder.errors import InputError
 from transencoder.inference import Inference
+from transencoder.model_checks import check_bi_encoder, check_encoders
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log, progress_bar
 from transencoder.runtime.files import replacing
 from transencoder.runtime.optional import load_optional
 from transencoder.runtime.shards import Shards
 from transencoder.runtime.waiting import wait_long
+from transencoder.scoring import Teachers
 from transencoder.search.mix import Sides, Source, parse_mix, wanted_pairs
 from transencoder.search.neighbours import LexicalIndex, search_vectors, vector_index
 
@@ -208,7 +211,7 @@ def spread_evenly(similarities: np.ndarray, wanted: int, rng: np.random.Generato
     A band that has too few gives all it has, and the others make up for it.
 
     Args:
-        similarities: float32 [pairs], cosines.
+        similarities: float32 [pairs], cosines, or other scores from 0 to 1.
         wanted: how many to keep.
     Returns:
         int64 [wanted], places in `similarities`, ascending; all, where there are no more than that.
@@ -222,21 +225,28 @@ def spread_evenly(similarities: np.ndarray, wanted: int, rng: np.random.Generato
     return np.sort(np.concatenate(kept))
 
 
-def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.Table]:
+def scores_by(
+    encoder: str, arguments: MiningArguments, sides: Sides, keys: np.ndarray, inference: Inference
+) -> np.ndarray:
+    """Return an encoder's scores of the pairs, from 0 for the lowest to 1: float32 [pairs]. All processes score.
+
+    The texts of the pairs are in memory meanwhile.
+    """
+    rows, others = np.divmod(keys, len(sides.second))
+    texts = dict(zip(PAIRS, (sides.first[rows]["sentence"], sides.second[others]["sentence"]), strict=True))
+    teacher = Teachers([encoder], options=model_options(arguments))
+    (scores,) = teacher.score([datasets.Dataset.from_dict(texts)], inference)
+    return (scores - scores.min()) / (np.ptp(scores) or 1.0)
+
+
+def mined_blocks(miner: Miner, keys: np.ndarray, origins: np.ndarray, counts: np.ndarray) -> Iterator[pa.Table]:
     """Yield what was found, block by block: sentence1, sentence2, source, similarity.
 
     Args:
-        wanted: how many pairs; where more were found, they are spread evenly.
+        keys, origins: as `Miner.mine` returns them.
         counts: int64 [sources, bins of `BINS`], to which the pairs' similarities are added.
     """
     sides = miner.sides
-    keys, origins = miner.mine()
-    if len(keys) > wanted:
-        blocks = range(0, len(keys), WRITTEN_ROWS)
-        similarities = np.concatenate([cosines(miner, keys[start : start + WRITTEN_ROWS]) for start in blocks])
-        kept = spread_evenly(similarities, wanted, miner._rng(0, "spread"))
-        log(f"{len(kept)} of {len(keys)} pairs are kept, spread evenly over the cosine")
-        keys, origins = keys[kept], origins[kept]
     names = pa.array([source.name for source in miner.sources])
     for block, start in enumerate(range(0, len(keys), WRITTEN_ROWS)):
         some, origin = keys[start : start + WRITTEN_ROWS], origins[start : start + WRITTEN_ROWS]
@@ -247,6 +257,15 @@ def mined_blocks(miner: Miner, wanted: int, counts: np.ndarray) -> Iterator[pa.T
         different = np.asarray([one != other for one, other in zip(*texts, strict=True)])  # two sides may share one
         columns = [*texts, names.take(pa.array(origin)), similarity]
         yield pa.table(columns, names=[*PAIRS, "source", "similarity"]).filter(pa.array(different))
+
+
+def check_mining(arguments: MiningArguments) -> None:
+    """Raise `InputError` for encoders that cannot be loaded, and as `picture_of`."""
+    picture_of(arguments)
+    options = model_options(arguments)
+    for name in arguments.encoders:
+        check_bi_encoder(name, options)
+    check_encoders([arguments.spread_by] if arguments.spread_by else [], options)
 
 
 def picture_of(arguments: MiningArguments) -> Path:
@@ -284,13 +303,28 @@ def mine_to_file(arguments: MiningArguments, sides: Sides, accelerator: Accelera
         )
         for side, table in enumerate(tables)
     ]
+    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, shards, accelerator)
+    keys, origins = miner.mine() if accelerator.is_main_process else (np.empty(0), np.empty(0))
+    scores, found = None, shards.folder / "found.npy"
+    if arguments.spread_by:
+        if accelerator.is_main_process:
+            np.save(found, keys)
+        wait_long()
+        scores = scores_by(arguments.spread_by, arguments, sides, np.load(found), inference)
     if not accelerator.is_main_process:
         return wait_long()
-    miner = Miner(sides, (vectors[0], vectors[-1]), sources, looked_for, arguments.seed, shards, accelerator)
+    if len(keys) > sum(wanted):
+        blocks = range(0, len(keys), WRITTEN_ROWS)
+        if scores is None:
+            scores = np.concatenate([cosines(miner, keys[start : start + WRITTEN_ROWS]) for start in blocks])
+        kept = spread_evenly(scores, sum(wanted), miner._rng(0, "spread"))
+        over = f"the scores of {arguments.spread_by}" if arguments.spread_by else "the cosine"
+        log(f"{len(kept)} of {len(keys)} pairs are kept, spread evenly over {over}")
+        keys, origins = keys[kept], origins[kept]
     counts = np.zeros((len(sources), len(BINS) - 1), dtype=np.int64)
 
     def blocks_and_picture() -> Iterator[pa.Table]:
-        yield from mined_blocks(miner, sum(wanted), counts)
+        yield from mined_blocks(miner, keys, origins, counts)
         # The pairs, whose appearance says that all is done, come last.
         plot_similarities(picture_of(arguments), sources, counts)
 
