@@ -25,6 +25,7 @@ from support.loopback_hub import TOKEN, LoopbackHub
 
 from transencoder.config.options import RunTarget
 from transencoder.config.parsing import parse_stage
+from transencoder.config.recipes import read_recipe
 from transencoder.data.pools import input_files
 from transencoder.data.scores import write_scores
 from transencoder.data.tables import read_pairs
@@ -272,13 +273,14 @@ def test_main_stays_at_a_start_that_is_better_unless_the_worse_one_is_asked_for(
     assert push(run)
     bi, cross = server.repos["acme/tiny-bi"], server.repos["acme/tiny-cross"]
     assert list(bi.tags) == ["cycle-0", "cycle-1", "cycle-2"] and bi.at("main").files == bi.at("cycle-0").files
-    assert "`main` is at start, bi-encoder, which the others are below." in bi.at("main").files["README.md"].decode()
-    assert first_line(bi.at("cycle-1").files).startswith("**VERDICT better:** this bi-encoder gains +")
+    assert "`main` is at start, bi-encoder, as the others are worse." in bi.at("main").files["README.md"].decode()
+    assert first_line(bi.at("cycle-1").files).startswith(
+        "**This bi-encoder is better than the start**, the bi-encoder's tag `cycle-0`: +"
+    )
     worse = first_line(bi.at("cycle-2").files)
-    assert worse.startswith("**VERDICT worse:** this bi-encoder gains -")
-    assert worse.endswith(" over its start. **The start, at tag `cycle-0` of the bi-encoder, is better: use that.**")
-    assert "VERDICT" not in first_line(bi.at("cycle-0").files)
-    assert first_line(cross.at("main").files).startswith("**VERDICT better:** this cross-encoder gains +")
+    assert worse.startswith("**This bi-encoder is worse than the start: use the bi-encoder's tag `cycle-0`**: -")
+    assert "the start" not in first_line(bi.at("cycle-0").files)
+    assert first_line(cross.at("main").files).startswith("**This cross-encoder is better than the start**, ")
     assert push(run, dataclasses.replace(TARGET, push_worse=True))
     assert bi.at("main").files["model.safetensors"] == bi.at("cycle-2").files["model.safetensors"]
 
@@ -297,7 +299,7 @@ def test_nothing_is_pushed_that_is_worse_than_somebodys_own_model(server, run, c
     fall(run, 0.1, start=ready)
     assert push(run)
     text = server.repos["acme/tiny-bi"].at("main").files["README.md"].decode()
-    assert "Adapted from `all-Good-v2` without further labels by" in text and "single label" not in text
+    assert "Adapted from `all-Good-v2` without further labels by" in text and "without training labels" not in text
     assert "No labels were used in training beyond those in `all-Good-v2`." in text and "- unsupervised" not in text
     text = server.repos["acme/tiny-cross"].at("main").files["README.md"].decode()
     assert "Made from `tiny-bert`, taught by `all-Good-v2`, without further labels by" in text
@@ -316,10 +318,10 @@ def test_where_a_start_was_made_here_no_label_went_into_it(server, run):
     hub.remember(run, target)
     assert hub.recall(run) == target and push(run, hub.recall(run))
     text = server.repos["acme/tiny-bi"].at("main").files["README.md"].decode()
-    assert "Made from `tiny-bert` without a single label" in text and "- unsupervised" in text
+    assert "Made from `tiny-bert` without training labels" in text and "- unsupervised" in text
     assert "\nA bi-encoder learned the scores that its teachers give to pairs of sentences, as the cosine of" in text
-    assert "**The start, `ready`, is better: use that.**" in text
-    assert "Merged with its start: weights 0.75 x start + 0.25 x student, which was the best on the dev set" in text
+    assert "**This bi-encoder is worse than the start: use `ready`**: -" in text
+    assert "Its weights are 0.75 x its start's and 0.25 x the trained ones, the mixture that was best on the" in text
 
 
 def test_a_teacher_from_outside_is_named_in_place_of_a_promise(server, run, bi_encoder, tmp_path):
@@ -332,7 +334,7 @@ def test_a_teacher_from_outside_is_named_in_place_of_a_promise(server, run, bi_e
         bi.main.write(tmp_path / name, TARGET)
         text = (tmp_path / name / "README.md").read_text()
         assert f"Made from `tiny-bert`, taught by `{name}`, without further labels by" in text
-        assert "unsupervised" not in text and "single label" not in text
+        assert "unsupervised" not in text and "without training labels" not in text
 
 
 def test_labels_that_came_after_the_run_are_known(server, run):
@@ -550,7 +552,7 @@ def test_the_card_says_how_the_model_was_made(server, run):
     text = server.repos["acme/tiny-cross"].at("main").files["README.md"].decode()
     assert "| mine | 40 | 51.00 | 60.00 |" in text and "| mine.dev | 40 | 50.00 | 61.00 |" in text
     assert "*Transductive*: 10 of the 40 pairs of `mine`" in text
-    assert "`mine.dev` was used for choosing" in text
+    assert "`mine.dev` chose what was kept" in text
     assert "Teacher: `acme/tiny-bi` at tag `cycle-0`" in text
     assert "Data: 64 distinct pairs, without labels, from `pairs.jsonl`" in text
     assert "This is *cycle 1, cross-encoder*" in text and "| cycle 2, bi-encoder | 62.00 | 65.00 |" in text
@@ -603,6 +605,40 @@ def test_the_papers_figures_stand_beside_ours_where_it_has_them(run):
         "| stsb | 9 | 60.00 | 70.00 | 81.26 |",
         "| b | 9 | - | 70.00 | - |",
     ]
+
+
+def test_the_recipe_and_the_command_are_good_on_another_machine(server, run, tiny_bert, tmp_path):
+    """Models have their Hub ids where these are known, bundled files their place, and all else is a placeholder."""
+    server.create("distil-base", {"config.json": b"{}"}, private=False)
+    named = shutil.copytree(tiny_bert, tmp_path / "copy")
+    (named / "README.md").write_text("# all-Good-v2\n\n    SentenceTransformer('org/all-Good-v2')\n")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    section = recipe["run_transencoder"]
+    section["students"][0] |= {"bi_encoder": str(named), "cross_encoder_plm": "distil-base"}
+    section["sentences"] = ["examples/sentences.txt", str(ROOT / "examples" / "sentences.txt")]
+    section["teachers"] = [{"scores": "/gone/llm.csv"}, {"model": "runs/gone"}]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert push(run)
+    files = server.repos["acme/tiny-cross"].at("main").files
+    (tmp_path / "published.yaml").write_bytes(files["recipe.yaml"])
+    published = read_recipe(str(tmp_path / "published.yaml"))["run_transencoder"]
+    student = {"name": "one", "plm": "path/to/tiny-bert", "bi_encoder": "org/all-Good-v2"}
+    assert published["students"] == [student | {"cross_encoder_plm": "distil-base"}]
+    assert published["sentences"] == 2 * ["examples/sentences.txt"] and published["pairs"] == "path/to/pairs.jsonl"
+    assert published["dev"] == "mine.dev=path/to/dev.jsonl" and published["tasks"] == ["mine=path/to/seen.jsonl"]
+    assert published["teachers"] == [{"scores": "path/to/llm.csv"}, {"model": "path/to/gone"}]
+    assert published["cycles"] == 2
+    text = files["README.md"].decode()
+    assert "Where it says `path/to/...`, put a file or model of your own" in text and "(SHA-256 `{" not in text
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "distil-base"
+    stage = hub.stage_repository(run / "contrastive/one", TARGET).main.content
+    assert "--model_name_or_path path/to/tiny-bert --sentences path/to/sentences.txt" in stage.command
+    assert "--dev path/to/dev.jsonl" in stage.command and str(run) not in stage.command
+
+
+def test_a_checksum_is_of_weights_or_a_commit(run):
+    assert card._checksum({"config.json": "ab", "model.safetensors": "cd"}) == " (SHA-256 `cd`)"
+    assert card._checksum("commit ef") == " (commit ef)" and card._checksum(None) == ""
 
 
 def test_registered_tasks_are_named_as_the_hubs_data(run):

@@ -20,8 +20,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 TOKEN = "hf_loopbackTokenThatNobodyMayEverSee"
 USER, ORGS = "tester", ("acme",)
 LFS = re.compile(r"\.(safetensors|bin|onnx|png|model)$")
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+REPO = r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)"  # models of the early days have no owner
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+MODEL_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 LANGUAGE = re.compile(r"^([a-z]{2,3}|code|multilingual)$")
 
 
@@ -403,7 +404,7 @@ def card_errors(card: str) -> list[str]:
         if key in facts and not re.fullmatch(pattern, str(facts[key])):
             errors.append(f'"{key}" must match {pattern}')
     for key, pattern in {
-        "base_model": HUB_ID,
+        "base_model": MODEL_ID,
         "datasets": HUB_ID,
         "language": LANGUAGE,
     }.items():

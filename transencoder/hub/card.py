@@ -17,9 +17,10 @@ import transencoder
 from transencoder.config.options import HubTarget
 from transencoder.config.stages import STAGES
 from transencoder.data.paper import published
+from transencoder.data.pools import DATA_OPTIONS, MODEL_OPTIONS
 from transencoder.data.scores import read_metadata
 from transencoder.data.tables import is_hub_id
-from transencoder.data.tasks import TASKS, title
+from transencoder.data.tasks import TASKS, split_name, title
 from transencoder.errors import InputError
 from transencoder.evaluation import METRICS, PRIMARY, markdown_table, origin, shown_value
 from transencoder.model_checks import inspect_encoder
@@ -31,9 +32,12 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 TAG = "trans-encoder"  # by which a repository is known as one of ours
 PIPELINES = {"bi": "sentence-similarity", "cross": "text-ranking"}
 OWN_TAGS = {"bi": ["sentence-similarity", "feature-extraction"], "cross": ["cross-encoder", "text-ranking"]}
-# The rest of run.json's arguments are shown; these are paths, or said elsewhere in the card.
-NOT_SHOWN = {"inputs", "columns", "dev", "data_dir", "seed", "model_name_or_path", "sentences", "scores", "teachers"}
-NOT_SHOWN |= {"pairs", "teacher"}
+PLACEHOLDER = "path/to/"  # of what others do not have
+EXAMPLES = Path(transencoder.__file__).resolve().parents[1] / "examples"  # files that others have, too
+# The keys of recipes and the options that name models, and all that name what lies on a disk.
+MODEL_KEYS = {*MODEL_OPTIONS, "teacher", "plm", "bi_encoder", "cross_encoder_plm", "model"}
+PATH_KEYS = {*MODEL_KEYS, *DATA_OPTIONS, "data_dir"}
+NOT_SHOWN = {*PATH_KEYS, "inputs", "columns", "seed"}  # of run.json's arguments: paths, or said elsewhere in the card
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")
 CARRIED = ("license", "license_name", "license_link", "language")
 
@@ -57,6 +61,7 @@ class CardContent:
         lineage: Markdown about the run's cycles, and which of them this is.
         plot: whether progress.png is beside the card.
         published: end of an encoder's path in the run -> how it is called on the Hub.
+        recipe: for the command, as YAML.
     """
 
     repo: str
@@ -73,6 +78,7 @@ class CardContent:
     lineage: str = ""
     plot: bool = False
     published: dict[str, str] = field(default_factory=dict)
+    recipe: str = ""
 
     @property
     def name(self) -> str:
@@ -110,6 +116,7 @@ def render_card(content: CardContent, target: HubTarget) -> str:
         lineage=content.lineage,
         plot=content.plot,
         command=content.command,
+        placeholders=PLACEHOLDER in content.command + content.recipe,
         options=options_table(run),
         seed=run["arguments"]["seed"],
         versions=", ".join(f"{module} {version}" for module, version in run["versions"].items()),
@@ -207,8 +214,7 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
     if arguments.get("teacher"):
         lines.append(f"Teacher: {called(arguments['teacher'], content)}")
     for teacher in teachers:
-        sha = labels.get("inputs", {}).get(teacher)
-        lines.append(f"Teacher: {called(teacher, content)}" + (f", SHA-256 of its weights `{sha}`" if sha else ""))
+        lines.append(f"Teacher: {called(teacher, content)}{_checksum(labels.get('inputs', {}).get(teacher))}")
     if len(teachers) > 1:
         weights = (labels.get("teacher_weights") or [])[: len(teachers)]
         weighted = f", with the weights {', '.join(map(str, weights))}" if weights else ""
@@ -223,26 +229,28 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         lines.append("It saw a pair the more often the better its teachers agreed on it: from twice to not at all.")
     if labels.get("both_orders") and run["stage"] == "distill_cross2bi":
         lines.append("Cross-encoders scored (a, b) and (b, a), and the mean counts; the paper scores (a, b) only.")
-    sums = (labels or arguments).get("inputs", {})
+    noted = (labels or arguments).get("inputs", {})
     sources = ", ".join(
-        f"`{_shown(name)}`"
-        + (f" (SHA-256 `{sum_}`)" if (sum_ := sums.get(name) or sums.get(name.partition("=")[2])) else "")
+        f"`{_shown(name)}`{_checksum(noted.get(name) or noted.get(split_name(name)[1]))}"
+        + _mined_from(name, content.model)
         for name in sources_of(arguments, labels)
     )
     seen = f"{run['examples']:,} {'examples' if labels else 'distinct sentences'}"
     if labels.get("rows"):
         seen = f"{labels['rows']:,} distinct pairs"
     lines.append(f"Data: {seen}, without labels, from {sources}")
-    kept = f"Checkpoint: step {run['kept_step']} of {run['steps']}"
+    kept, processes = f"Checkpoint: step {run['kept_step']} of {run['steps']}", run["world_size"]
     if "dev" in run:
-        kept += f", the best on `{_shown(arguments['dev'])}` ({run['dev_metric']} {run['dev']:.2f})"
+        kept += f", the best on `{_shown(arguments['dev'])}` ({_metric(run['dev_metric'])} {run['dev']:.2f})"
     elif "agreement" in run:
-        kept += f", which agreed most with the teachers ({run['agreement_metric']} {run['agreement']:.2f})"
-    lines.append(f"{kept}; {run['world_size']} process(es), mixed precision {run['mixed_precision']}")
+        kept += f", which agreed most with the teachers ({_metric(run['agreement_metric'])} {run['agreement']:.2f})"
+    processes = f"{processes} process{'es' if processes > 1 else ''}"
+    lines.append(f"{kept}; {processes}, mixed precision {run['mixed_precision']}")
     if merged := run.get("merged_with_start"):
-        by = {"dev": ", which was the best on the dev set", "agreement": ", which agreed most with the teachers"}
+        by = {"dev": ", the mixture that was best on the dev set"}
+        by["agreement"] = ", the mixture that agreed most with the teachers"
         share, how = merged["share"], by.get(merged.get("by"), "")
-        lines.append(f"Merged with its start: weights {1 - share:g} x start + {share:g} x student{how}")
+        lines.append(f"Its weights are {1 - share:g} x its start's and {share:g} x the trained ones{how}")
     return lines
 
 
@@ -251,10 +259,29 @@ def called(name: str, content: CardContent) -> str:
     for end, on_the_hub in content.published.items():
         if name.endswith(end):
             return on_the_hub
-    hub_id, revision = hub_origin(name)
-    if hub_id is None:
-        return f"`{Path(name).name}`"
-    return f"`{hub_id}`" + (f" at revision `{revision}`" if revision else "")
+    revision = hub_origin(name)[1]
+    return f"`{model_name(name)}`" + (f" at revision `{revision}`" if revision else "")
+
+
+def _checksum(noted: str | dict[str, str] | None) -> str:
+    """Return what run.json noted of an input, in brackets: a file's checksum, those of a model's weights, a commit."""
+    if isinstance(noted, dict):
+        noted = "`, `".join(sum_ for name, sum_ in noted.items() if name.endswith(".safetensors"))
+    if not noted:
+        return ""
+    return f" ({noted})" if noted.startswith("commit ") else f" (SHA-256 `{noted}`)"
+
+
+def _mined_from(name: str, model: Path) -> str:
+    """Return ", mined from `sentences.txt`" for pairs of `mine_pairs`; their file may have moved with the run."""
+    path = next((path for path in (Path(name), model.parents[1] / Path(name).name) if path.is_file()), None)
+    metadata = (read_metadata(path) or {}) if path and path.suffix == ".parquet" else {}
+    sentences = [f"`{_shown(source)}`" for source in metadata.get("sentences") or []]
+    return f", mined from {' and '.join(sentences)}" if sentences else ""
+
+
+def _metric(name: str) -> str:
+    return METRICS[name].card.removesuffix(" x 100") if name in METRICS else name
 
 
 def _shown(name: str) -> str:
@@ -290,29 +317,58 @@ def labelled_start(names: list[str]) -> str | None:
 
 def model_name(name: str) -> str:
     """Return what people call a model: its Hub id, the title of its own card, or the name of its folder."""
-    hub_id, _ = hub_origin(name)
-    if hub_id is None and (card := Path(name) / "README.md").is_file():
-        titles = re.findall(r"(?m)^# *(\S.*?)\s*$", card.read_text(encoding="utf-8", errors="replace"))
-        return titles[0] if titles else Path(name).name
-    return hub_id or Path(name).name
+    return hub_origin(name)[0] or _own_card(name)[0] or Path(name).name
+
+
+def _own_card(name: str) -> tuple[str | None, str | None]:
+    """Return the title of the card in a model's folder, and the Hub id of that name which its code loads."""
+    card = Path(name) / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    title = re.search(r"(?m)^# *(\S.*?)\s*$", text)
+    hub_id = title and re.search(rf"""["']([\w-]+/{re.escape(title[1])})["']""", text)
+    return title and title[1], hub_id and hub_id[1]
+
+
+def portable(value: Any, key: str = "") -> Any:
+    """Return a recipe, or options, as they are good on another machine.
+
+    A folder of a model becomes its Hub id where that is known. Of what else lies on this machine alone, a placeholder
+    with its last part is left; the bundled examples are everywhere.
+    """
+    if isinstance(value, dict):
+        return {name: portable(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [portable(item, key) for item in value]
+    if key not in PATH_KEYS or not isinstance(value, str):
+        return value
+    name, path = split_name(value)
+    here, bundled, found = Path(path), (EXAMPLES.parent / path).resolve(), None
+    if key in MODEL_KEYS:
+        found = hub_origin(path)[0]
+    elif bundled.is_relative_to(EXAMPLES) and bundled.is_file():
+        found = str(bundled.relative_to(EXAMPLES.parent))
+    elif not (here.is_absolute() or here.is_file() or key == "data_dir"):
+        return value
+    return (f"{name}=" if name else "") + (found or PLACEHOLDER + here.name)
 
 
 def hub_origin(name: str) -> tuple[str | None, str | None]:
     """Return Hub id and revision of an encoder that came from there; the cache knows the revision that was used.
 
-    A name that is no path here may be a folder of another machine or working directory, so the Hub is asked.
+    A name that is no path here may be a folder of another machine or working directory, so the Hub is asked. A folder
+    outside the cache may hold a card that names its id.
     """
     path = Path(name)
     if not path.exists():
         try:
-            cached = huggingface_hub.try_to_load_from_cache(name, "config.json") if is_hub_id(name) else None
+            cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
         except HFValidationError:
             return None, None
         if isinstance(cached, str):
             return name, Path(cached).parent.name
-        return (name, None) if is_hub_id(name) and HfApi().repo_exists(name) else (None, None)
+        return (name, None) if HfApi().repo_exists(name) else (None, None)
     snapshot = SNAPSHOT.search(str(path.absolute()))
-    return (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (None, None)
+    return (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (_own_card(name)[1], None)
 
 
 def base_metadata(base: str) -> dict[str, Any]:

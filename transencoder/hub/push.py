@@ -24,10 +24,12 @@ from transencoder.hub.card import (
     first_model,
     label_metadata,
     labelled_start,
+    portable,
     render_card,
 )
 from transencoder.model_checks import inspect_encoder
 from transencoder.model_files import Kind
+from transencoder.run.layout import RECIPE_FILE
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import MODEL_FILES, read_json, sha256, write_json
 from transencoder.runtime.records import RUN_FILE
@@ -62,7 +64,10 @@ class Version:
                 (folder / path.name).symlink_to(path.resolve())
         for path in self.files:
             shutil.copy(path, folder)
-        (folder / "README.md").write_text(render_card(self.content, target), encoding="utf-8")
+        texts = {"README.md": render_card(self.content, target), RECIPE_FILE: self.content.recipe}
+        for name, text in texts.items():
+            if text:
+                (folder / name).write_text(text, encoding="utf-8")
 
 
 @dataclass
@@ -241,6 +246,7 @@ def stage_repository(folder: Path, target: HubTarget) -> Repository:
     defaults = {f.name: f.default for f in dataclasses.fields(STAGES[run["stage"]].arguments)}
     given = {name: value for name, value in run["arguments"].items() if value != defaults.get(name)}
     given.pop("inputs", None)
+    given = portable(given)
     command = f"accelerate launch scripts/{run['stage']}.py {shlex.join(as_options(given))} --output_dir {folder.name}"
     kind = inspect_encoder(str(folder))
     base = first_model(run["arguments"]["model_name_or_path"])

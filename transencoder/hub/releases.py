@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
 from transencoder.config.options import HubTarget, Reading, RunTarget
 from transencoder.config.recipes import read_recipe
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import InputError
-from transencoder.hub.card import CardContent, first_model, labelled_start, model_name
+from transencoder.hub.card import CardContent, first_model, labelled_start, model_name, portable
 from transencoder.hub.push import Repository, Version, check_target
 from transencoder.model_files import Kind
-from transencoder.run.layout import Layout, encoder_place
+from transencoder.run.layout import RECIPE_FILE, Layout, encoder_place
 from transencoder.run.plan import Plan, Student, load_plan
 from transencoder.run.summary import Round, best_round, collect_rounds, dev_of, summary_table
 from transencoder.run.verdict import Gain, gain_over, in_words, verdict_line, word_of
@@ -82,7 +83,7 @@ def _repository(
     labelled = labelled_start([base, *filter(None, taught_by)]) or next(iter(given), None)
     start = next(r for r in rounds if r.cycle == 0 and r.student == student.name)
     best, dev = best_round(own, kind), dev_of(rounds)
-    why = f"the best on `{dev}` of these tags" if dev else "the latest of these tags"
+    why = f"the best of them on `{dev}`" if dev else "the latest"
     layout = Layout(run)
     gains, told = gain_over(run, rounds, start, best), {}
     if not plan.measures and layout.summary.is_file():
@@ -92,12 +93,13 @@ def _repository(
         if start not in own:
             log(f"Not pushed to {name}: {line}; --push_worse pushes it all the same")
             return None
-        best, why = start, "which the others are below"
+        best, why = start, "as the others are worse"
     plot = layout.plot
     command = (
-        f"hf download {name} {layout.recipe.name} --local-dir .\n"
-        f"bash scripts/run_transencoder.sh --recipe {layout.recipe.name} --output_dir runs/{run.name}"
+        f"hf download {name} {RECIPE_FILE} --local-dir .\n"
+        f"bash scripts/run_transencoder.sh --recipe {RECIPE_FILE} --output_dir runs/{run.name}"
     )
+    recipe = yaml.safe_dump(portable(read_recipe(str(layout.recipe))), sort_keys=False, allow_unicode=True)
 
     def version(this: Round) -> Version:
         content = CardContent(
@@ -109,15 +111,16 @@ def _repository(
             verdict=verdict_in_words(gain_over(run, rounds, start, this), kind, called_start(student))
             or (line if told and this is best else ""),
             command=command,
+            recipe=recipe,
             results=this.entries,
             start=start.entries if this is not start else [],
             paper=this.paper,
-            note=note,
+            note=(f"The start is {called_start(student)}. " if this is not start else "") + note,
             lineage=lineage(rounds, this, best, why),
             plot=plot.is_file(),
             published=published_names(plan, target),
         )
-        files = [layout.recipe, *([plot] if plot.is_file() else [])]
+        files = [plot] if plot.is_file() else []
         return Version(content, this.step, f"cycle-{this.cycle}", files)
 
     return Repository(name, kind, [version(r) for r in own], version(best))
@@ -125,16 +128,19 @@ def _repository(
 
 def called_start(student: Student) -> str:
     """Return how a card calls what a student began with."""
-    return f"`{model_name(student.bi_encoder)}`" if student.bi_encoder else "at tag `cycle-0` of the bi-encoder"
+    return f"`{model_name(student.bi_encoder)}`" if student.bi_encoder else "the bi-encoder's tag `cycle-0`"
 
 
 def verdict_in_words(gains: list[Gain] | None, kind: Kind, start: str) -> str:
     """Return a card's first line: what the model is against its start, and what to use where that is better."""
     if gains is None:
         return ""
-    advice = {"worse": f" **The start, {start}, is better: use that.**", "same": f" The start is {start}."}
-    word = word_of(gains)
-    return f"**VERDICT {word}:** this {kind}-encoder gains {in_words(gains)} over its start.{advice.get(word, '')}"
+    words = {
+        "better": f"**This {kind}-encoder is better than the start**, {start}",
+        "same": f"**This {kind}-encoder is not measurably better than the start**, {start}",
+        "worse": f"**This {kind}-encoder is worse than the start: use {start}**",
+    }
+    return f"{words[word_of(gains)]}: {in_words(gains)}."
 
 
 def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
@@ -161,7 +167,7 @@ def lineage(rounds: list[Round], this: Round, best: Round, why: str) -> str:
 def selection_note(rounds: list[Round]) -> str:
     """Say what the dev set was used for."""
     dev = dev_of(rounds)
-    return f"`{dev}` was used for choosing: its figures are no test results. " if dev else ""
+    return f"`{dev}` chose what was kept: its figures are no test results. " if dev else ""
 
 
 def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transencoder.runtime.records import PAIR_SCORES_FILE, RESULTS_FILE
 
+RECIPE_FILE = "recipe.yaml"
 SEARCH_FILE = "search.json"  # beside the encoders that a run ends with: what search.py should rank by
 
 
@@ -34,7 +35,7 @@ class Layout:
     @property
     def recipe(self) -> Path:
         """Return the resolved recipe; with it a folder is a run."""
-        return self.run / "recipe.yaml"
+        return self.run / RECIPE_FILE
 
     @property
     def plan(self) -> Path:
