@@ -29,7 +29,7 @@ from transencoder.config.recipes import read_recipe
 from transencoder.data.pools import input_files
 from transencoder.data.scores import write_scores
 from transencoder.data.tables import read_pairs
-from transencoder.data.tasks import load_task
+from transencoder.data.tasks import TASKS, load_task
 from transencoder.encoders import load_bi_encoder, load_cross_encoder
 from transencoder.errors import InputError
 from transencoder.hub import card, releases
@@ -605,6 +605,25 @@ def test_the_papers_figures_stand_beside_ours_where_it_has_them(run):
         "| stsb | 9 | 60.00 | 70.00 | 81.26 |",
         "| b | 9 | - | 70.00 | - |",
     ]
+
+
+def test_whole_benchmarks_of_the_hub_are_pushed_in_its_newer_form_too(server, run):
+    """Of STS13 no more than a part was measured, and QQP here is another sample than GLUE's."""
+    cross = run / "cycle-1/cross-encoder/one"
+    measured = json.loads((run / "cycle-1/results.json").read_text())
+    for task, n in (("sts12", 3108), ("sts13", 9), ("qqp", 10_000)):
+        facts = dict(encoders=[str(cross)], kind="cross", task=task, split="test", n=n)
+        metrics = ["auc"] if task == "qqp" else ["spearman", "pearson"]
+        measured += [dict(facts, metric=metric, value=71.23456) for metric in metrics]
+    write_json(run / "cycle-1/results.json", measured)
+    assert push(run)
+    assert HfApi().model_info("acme/tiny-bi", expand=["evalResults"]).eval_results is None
+    (found,) = HfApi().model_info("acme/tiny-cross", expand=["evalResults"]).eval_results
+    assert (found.dataset_id, found.task_id, found.value) == ("mteb/sts12-sts", "STS12", 71.2346)
+    assert found.dataset_revision == TASKS["sts12"].revision and found.source_url is None
+    assert found.notes.startswith("Spearman's rho x 100 of a cross-encoder. ") and "*Transductive*" in found.notes
+    commits = server.repos["acme/tiny-cross"].commits
+    assert [".eval_results/trans-encoder.yaml" in commit.files for commit in commits] == [False, True, False, True]
 
 
 def test_the_recipe_and_the_command_are_good_on_another_machine(server, run, tiny_bert, tmp_path):

@@ -258,6 +258,12 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         facts = {"_id": repo, "id": repo, "modelId": repo, "sha": commit.oid, "private": found.private}
         known = {key: card[key] for key in ("pipeline_tag", "library_name") if key in card}
+        known["evalResults"] = [
+            {"filename": path, "data": entry}
+            for path, content in commit.files.items()
+            if re.fullmatch(r"\.eval_results/[^/]+\.yaml", path)
+            for entry in yaml.safe_load(content)
+        ]
         self.answer(200, {**facts, **known, "tags": card.get("tags", []), "cardData": card, "siblings": siblings})
 
     @route("GET", f"/api/models/{REPO}/refs")

@@ -34,6 +34,7 @@ class Source:
         scale: lowest and highest score of the published set.
         positive: the Hub's label that is our 1.
         ordered: the two sentences play different roles, so that a pair must not be swapped.
+        benchmark: MTEB's name of the task, under which the Hub collects results on its test split.
     """
 
     hub_id: str
@@ -47,22 +48,34 @@ class Source:
     scale: tuple[float, float] = (0.0, 5.0)
     positive: int = 1
     ordered: bool = False
+    benchmark: str | None = None
 
 
 PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}")  # what a task, or a student and its folders, can be called
 THREE_SPLITS = (("test", "test"), ("dev", "validation"), ("train", "train"))
 
 TASKS = {
-    "sts12": Source("mteb/sts12-sts", "a0d554a64d88156834ff5ae9920b964011b16384", rows=(("test", 3108),)),
-    "sts13": Source("mteb/sts13-sts", "7e90230a92c190f1bf69ae9002b8cea547a64cca", rows=(("test", 1500),)),
-    "sts14": Source("mteb/sts14-sts", "6031580fec1f6af667f0bd2da0a551cf4f0b2375", rows=(("test", 3750),)),
-    "sts15": Source("mteb/sts15-sts", "ae752c7c21bf194d8b67fd573edf7ae58183cbe3", rows=(("test", 3000),)),
-    "sts16": Source("mteb/sts16-sts", "4d8694f8f0e0100860b497b999b3dbed754a0513", rows=(("test", 1186),)),
+    "sts12": Source(
+        "mteb/sts12-sts", "a0d554a64d88156834ff5ae9920b964011b16384", rows=(("test", 3108),), benchmark="STS12"
+    ),
+    "sts13": Source(
+        "mteb/sts13-sts", "7e90230a92c190f1bf69ae9002b8cea547a64cca", rows=(("test", 1500),), benchmark="STS13"
+    ),
+    "sts14": Source(
+        "mteb/sts14-sts", "6031580fec1f6af667f0bd2da0a551cf4f0b2375", rows=(("test", 3750),), benchmark="STS14"
+    ),
+    "sts15": Source(
+        "mteb/sts15-sts", "ae752c7c21bf194d8b67fd573edf7ae58183cbe3", rows=(("test", 3000),), benchmark="STS15"
+    ),
+    "sts16": Source(
+        "mteb/sts16-sts", "4d8694f8f0e0100860b497b999b3dbed754a0513", rows=(("test", 1186),), benchmark="STS16"
+    ),
     "stsb": Source(
         "mteb/stsbenchmark-sts",
         "b0fddb56ed78048fa8b90373c8a3cfc37b684831",
         splits=THREE_SPLITS,
         rows=(("test", 1379), ("dev", 1500), ("train", 5749)),
+        benchmark="STSBenchmark",
     ),
     "sickr": Source(
         "RobZamp/sick",

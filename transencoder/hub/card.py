@@ -10,7 +10,8 @@ from typing import Any
 
 import huggingface_hub
 import pyarrow.parquet as pq
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 import transencoder
@@ -29,6 +30,7 @@ from transencoder.runtime.files import read_json
 from transencoder.runtime.records import RUN_FILE
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+EVAL_RESULTS = ".eval_results/trans-encoder.yaml"
 TAG = "trans-encoder"  # by which a repository is known as one of ours
 PIPELINES = {"bi": "sentence-similarity", "cross": "text-ranking"}
 OWN_TAGS = {"bi": ["sentence-similarity", "feature-extraction"], "cross": ["cross-encoder", "text-ranking"]}
@@ -185,6 +187,23 @@ def eval_result(entry: dict[str, Any]) -> EvalResult:
         metric_name=metric.card,
         metric_value=round(entry["value"], 4),
     )
+
+
+def benchmark_results(content: CardContent) -> str:
+    """Return the YAML of the Hub's `.eval_results`: whole benchmarks that are registered there; empty without any."""
+    sources = [(entry, TASKS.get(entry["task"])) for entry in primary(content.results) if entry["split"] == "test"]
+    entries = [
+        EvalResultEntry(
+            dataset_id=source.hub_id,
+            task_id=source.benchmark,
+            value=round(entry["value"], 4),
+            dataset_revision=source.revision,
+            notes=f"{METRICS[entry['metric']].card} of a {content.kind}-encoder. {content.note}".strip(),
+        )
+        for entry, source in sources
+        if source and source.benchmark and entry["n"] == dict(source.rows)["test"] and entry["value"] is not None
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
 
 
 def results_table(content: CardContent) -> str:

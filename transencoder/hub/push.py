@@ -18,9 +18,11 @@ from transencoder.config.recipes import as_options
 from transencoder.config.stages import STAGES
 from transencoder.errors import InputError
 from transencoder.hub.card import (
+    EVAL_RESULTS,
     PIPELINES,
     TAG,
     CardContent,
+    benchmark_results,
     first_model,
     label_metadata,
     labelled_start,
@@ -65,8 +67,9 @@ class Version:
         for path in self.files:
             shutil.copy(path, folder)
         texts = {"README.md": render_card(self.content, target), RECIPE_FILE: self.content.recipe}
-        for name, text in texts.items():
+        for name, text in (texts | {EVAL_RESULTS: benchmark_results(self.content)}).items():
             if text:
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_text(text, encoding="utf-8")
 
 
