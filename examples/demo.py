@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Try the models of a run on a page: two sentences and their scores, and search in a file of sentences.
+"""Try the models of a run on a page: two sentences and their scores, search in a file of sentences, its duplicates.
 
 pip install gradio
 python examples/demo.py runs/quickstart examples/sentences.txt
@@ -8,24 +8,25 @@ A run's models are sentence-transformers' own, and so is everything that is done
 """
 
 import argparse
+import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+import torch
 from fastapi.middleware import Middleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from sentence_transformers import CrossEncoder, SentenceTransformer, util
 
-CANDIDATES = 50  # sentences that the bi-encoder finds for the cross-encoder to re-rank
+CANDIDATES = 50  # sentences, or pairs, that the bi-encoder finds for the cross-encoder to re-rank
 MOST_CHARACTERS = 2000  # of a text; longer ones would hold up everybody else's
-EXAMPLES = [
-    ["How do I remove a card from my account?", "delete my credit card from my profile"],
-    ["can I pay by card", "do you accept cash or only cards"],
-    ["where is my parcel", "package has not arrived"],
-]
+EXAMPLES = 3  # the first sentences of the file
+OWN_NAMES = ["localhost", "127.0.0.1"]
+SCORES = ["mean of both", "bi-encoder", "cross-encoder"]
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +38,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     starts = sorted((arguments.run / "contrastive").glob("*"))
     arguments.start = arguments.start or next(map(str, starts), None)
-    for path in (arguments.run / "best" / "bi-encoder", arguments.run / "best" / "cross-encoder", arguments.sentences):
+    best, last = arguments.run / "best", arguments.run / "last"  # last/ is where nothing was measured
+    arguments.models = best if best.is_dir() or not last.is_dir() else last
+    for path in (arguments.models / "bi-encoder", arguments.models / "cross-encoder", arguments.sentences):
         if not path.exists():
             parser.error(f"{path}: no such file or folder")
     return arguments
@@ -49,10 +52,13 @@ def check_length(*texts: str) -> None:
         raise gr.Error(f"At most {MOST_CHARACTERS} characters, please.")
 
 
-def both_orders(encoder: CrossEncoder, query: str, texts: list[str]) -> list[float]:
-    """Score a sentence against others: the means of both orders, 0 to 1."""
-    pairs = [(query, text) for text in texts] + [(text, query) for text in texts]
-    return encoder.predict(pairs).reshape(2, -1).mean(axis=0).tolist()
+def both_orders(encoder: CrossEncoder, pairs: list[tuple[str, str]]) -> list[float]:
+    """Score pairs of sentences: the means of both orders, 0 to 1."""
+    return encoder.predict(pairs + [pair[::-1] for pair in pairs]).reshape(2, -1).mean(axis=0).tolist()
+
+
+def rounded(bi: float, cross: float) -> list[float]:  # as in SCORES
+    return [round(value, 3) for value in ((bi + cross) / 2, bi, cross)]
 
 
 def scorer(
@@ -65,63 +71,88 @@ def scorer(
 
     def score(first: str, second: str) -> list[list]:
         check_length(first, second)
-        before = [["start", cosine(start, first, second)]] if start else []
-        bi, cross = cosine(bi_encoder, first, second), both_orders(cross_encoder, first, [second])[0]
-        rows = [*before, ["bi-encoder", bi], ["cross-encoder", cross], ["mean of both", (bi + cross) / 2]]
-        return [[name, round(value, 3)] for name, value in rows]
+        before = [["start", round(cosine(start, first, second), 3)]] if start else []
+        scores = rounded(cosine(bi_encoder, first, second), *both_orders(cross_encoder, [(first, second)]))
+        return before + [[name, value] for name, value in zip(SCORES, scores, strict=True)]
 
     return score
 
 
 def searcher(
-    sentences: list[str], bi_encoder: SentenceTransformer, cross_encoder: CrossEncoder
+    sentences: list[str], vectors: torch.Tensor, bi_encoder: SentenceTransformer, cross_encoder: CrossEncoder
 ) -> Callable[[str, int], list[list]]:
     """Return a function of a query and a number that makes the rows of a table: sentence, mean, both scores."""
-    vectors = bi_encoder.encode(sentences, convert_to_tensor=True, show_progress_bar=True)
 
     def search(query: str, k: int) -> list[list]:
         check_length(query)
         (hits,) = util.semantic_search(bi_encoder.encode(query, convert_to_tensor=True), vectors, top_k=CANDIDATES)
         texts = [sentences[hit["corpus_id"]] for hit in hits]
-        rows = [
-            [text, round((hit["score"] + cross) / 2, 3), round(hit["score"], 3), round(cross, 3)]
-            for text, hit, cross in zip(texts, hits, both_orders(cross_encoder, query, texts), strict=True)
-        ]
+        crosses = both_orders(cross_encoder, [(query, text) for text in texts])
+        rows = [[text, *rounded(hit["score"], c)] for text, hit, c in zip(texts, hits, crosses, strict=True)]
         return sorted(rows, key=lambda row: -row[1])[:k]
 
     return search
 
 
+def duplicate_finder(
+    counts: Counter[str], vectors: torch.Tensor, cross_encoder: CrossEncoder
+) -> Callable[[float], list[list]]:
+    """Return a function of the lowest score that makes the rows of a table: two sentences, mean, both scores."""
+    sentences = list(counts)
+    repeats = [[text, f"(the same, {n} times)", 1.0, 1.0, 1.0] for text, n in counts.items() if n > 1]
+
+    @functools.cache
+    def nearest() -> list[list]:
+        found = util.paraphrase_mining_embeddings(vectors, max_pairs=CANDIDATES, top_k=10)[:CANDIDATES]
+        pairs = [(sentences[i], sentences[j]) for _, i, j in found]
+        crosses = both_orders(cross_encoder, pairs) if pairs else []
+        rows = [[*pair, *rounded(bi, c)] for pair, (bi, _, _), c in zip(pairs, found, crosses, strict=True)]
+        return repeats + sorted(rows, key=lambda row: -row[2])
+
+    return lambda lowest: [row for row in nearest() if row[2] >= lowest]
+
+
 def main() -> None:
     arguments = parse()
-    lines = arguments.sentences.read_text(encoding="utf-8").splitlines()
-    sentences = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    bi_encoder = SentenceTransformer(str(arguments.run / "best" / "bi-encoder"))
-    cross_encoder = CrossEncoder(str(arguments.run / "best" / "cross-encoder"))
+    counts = Counter(map(str.strip, arguments.sentences.read_text(encoding="utf-8").splitlines()))
+    del counts[""]
+    bi_encoder = SentenceTransformer(str(arguments.models / "bi-encoder"))
+    cross_encoder = CrossEncoder(str(arguments.models / "cross-encoder"))
     start = SentenceTransformer(arguments.start) if arguments.start else None
-    score = gr.Interface(
-        scorer(start, bi_encoder, cross_encoder),
-        [gr.Textbox(label=f"{which} sentence", max_length=MOST_CHARACTERS) for which in ("First", "Second")],
-        gr.Dataframe(headers=["model", "score"], label="Scores"),
-        examples=EXAMPLES,
-        flagging_mode="never",
-        api_name="score",
-    )
-    search = gr.Interface(
-        searcher(sentences, bi_encoder, cross_encoder),
-        [gr.Textbox(label="Query", max_length=MOST_CHARACTERS), gr.Slider(1, CANDIDATES, 10, step=1, label="Results")],
-        gr.Dataframe(headers=["sentence", "mean of both", "bi-encoder", "cross-encoder"], label="Results", wrap=True),
-        flagging_mode="never",
-        api_name="search",
-    )
-    gr.TabbedInterface([score, search], ["Two sentences", "Search"], title="Trans-Encoder").launch(
+    vectors = bi_encoder.encode(list(counts), convert_to_tensor=True, show_progress_bar=True)
+    search = searcher(list(counts), vectors, bi_encoder, cross_encoder)
+    first = [text for text in counts if len(text) <= MOST_CHARACTERS][:EXAMPLES]
+    near = [[text, row[0]] for text in first for row in search(text, 2) if row[0] != text]  # it finds itself, too
+    interface = functools.partial(gr.Interface, flagging_mode="never")
+    sentence = functools.partial(gr.Textbox, max_length=MOST_CHARACTERS)
+    tabs = {
+        "Two sentences": interface(
+            scorer(start, bi_encoder, cross_encoder),
+            [sentence(label="First sentence"), sentence(label="Second sentence")],
+            gr.Dataframe(headers=["model", "score"], label="Scores"),
+            examples=[pair for pair in near if len(pair[1]) <= MOST_CHARACTERS] or None,
+            api_name="score",
+        ),
+        "Search": interface(
+            search,
+            [sentence(label="Query"), gr.Slider(1, CANDIDATES, 10, step=1, label="Results")],
+            gr.Dataframe(headers=["sentence", *SCORES], label="Results", wrap=True),
+            examples=[[text, 10] for text in first] or None,
+            api_name="search",
+        ),
+        "Duplicates": interface(
+            duplicate_finder(counts, vectors, cross_encoder),
+            gr.Slider(0, 1, 0.8, label="Mean of both, at least"),
+            gr.Dataframe(headers=["first", "second", *SCORES], label="Exact repeats, then the nearest", wrap=True),
+            api_name="duplicates",
+        ),
+    }
+    gr.TabbedInterface(list(tabs.values()), list(tabs), title="Trans-Encoder").launch(
         server_name=arguments.host,
         enable_monitoring=False,
         max_file_size="1kb",  # nothing is uploaded here, but Gradio would take it
         # Another site's page must not reach this one under a name of its own (DNS rebinding).
-        app_kwargs={}
-        if arguments.host
-        else {"middleware": [Middleware(TrustedHostMiddleware, ["localhost", "127.0.0.1"])]},
+        app_kwargs={"middleware": [] if arguments.host else [Middleware(TrustedHostMiddleware, OWN_NAMES)]},
     )
 
 

@@ -37,7 +37,9 @@ def run(bi_encoder, tiny_bert, tmp_path_factory):
 def client(run, tmp_path, monkeypatch):
     """A client of the page, served by a thread of this process."""
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("\n".join([*random_sentences(80), "", "where is my parcel", "where is my parcel"]) + "\n")
+    sentences.write_text(
+        "\n".join(["a " * 1500, *random_sentences(80), "", "where is my parcel", "where is my parcel"]) + "\n"
+    )
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setattr(sys, "argv", [str(DEMO), str(run), str(sentences)])
@@ -73,6 +75,25 @@ def test_scores_are_those_of_the_stages_and_a_sentence_is_found(client, run, tmp
     assert [row[1] for row in found] == sorted((row[1] for row in found), reverse=True)
 
 
+def test_duplicates_are_exact_repeats_and_then_the_nearest_pairs(client):
+    rows = client.predict(0, api_name="/duplicates")["data"]
+    assert rows[0] == ["where is my parcel", "(the same, 2 times)", 1, 1, 1]
+    assert len(rows) > 10 and all(first != second for first, second, *_ in rows)
+    means = [row[2] for row in rows[1:]]
+    assert means == sorted(means, reverse=True)
+    assert client.predict(means[5], api_name="/duplicates")["data"] == [row for row in rows if row[2] >= means[5]]
+
+
+def test_examples_are_sentences_of_the_file(client, tmp_path):
+    """Of the first ones, and of none that is too long to be asked for."""
+    sentences = (tmp_path / "sentences.txt").read_text().splitlines()
+    samples = [part["props"]["samples"] for part in client.config["components"] if part["type"] == "dataset"]
+    pairs, queries = samples
+    assert queries == [[text, 10] for text in sentences[1:4]]
+    assert {pair[0] for pair in pairs} == set(sentences[1:4])
+    assert all(first != second and second in sentences for first, second in pairs)
+
+
 def test_long_texts_uploads_other_hosts_and_monitoring_are_refused(client):
     with pytest.raises(AppError, match="At most 2000 characters"):
         client.predict("a" * 2001, "b", api_name="/score")
@@ -85,6 +106,12 @@ def test_long_texts_uploads_other_hosts_and_monitoring_are_refused(client):
         assert httpx.get(f"{url}/{page}").status_code == 403
     files = {"files": ("a.parquet", b"0" * 2000)}
     assert httpx.post(f"{url}/gradio_api/upload", files=files).status_code == 413
+
+
+def test_the_last_models_are_taken_where_nothing_was_measured(run, tmp_path, monkeypatch):
+    (tmp_path / "last").symlink_to(run / "best")
+    monkeypatch.setattr(sys, "argv", [str(DEMO), str(tmp_path), str(DEMO)])
+    assert runpy.run_path(str(DEMO))["parse"]().models == tmp_path / "last"
 
 
 @pytest.mark.parametrize("missing", ["run", "sentences"])
