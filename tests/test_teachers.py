@@ -11,13 +11,14 @@ import yaml
 from accelerate import Accelerator
 from conftest import random_pairs, save_telling_encoders, write_jsonl
 
+from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
 from transencoder.contrastive import with_width
 from transencoder.data.formats import write_rows
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.embeddings import embed_texts, smoothed
 from transencoder.errors import InputError
-from transencoder.hub.card import method_of
+from transencoder.hub.card import CardContent, method_of, render_card
 from transencoder.inference import Inference
 from transencoder.labels import believed, teachers_of
 from transencoder.losses import ranks, standard_scores
@@ -178,6 +179,9 @@ def test_a_student_need_not_learn_what_its_teachers_disagree_on(encoders, tmp_pa
     assert "24 pairs, 24 examples" in result.stderr  # 12 are left, in both orders
     assert "12 of 24 pairs are dropped: the teachers disagree on them most" in result.stderr
     assert json.loads((tmp_path / "student" / "run.json").read_text())["examples"] == 24
+    card = render_card(CardContent("acme/x", tmp_path / "student", "cross", str(encoders[1]), ""), HubTarget())
+    assert "The 50 % of the pairs on which its teachers disagreed most were left out." in card
+    assert "It saw a pair the more often the better its teachers agreed on it" in card
 
     words += ["--overwrite"]
     result = run_script("distill_bi2cross.py", *words, *of_teacher)
