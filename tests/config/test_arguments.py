@@ -78,9 +78,10 @@ def test_a_list_on_the_command_line_replaces_the_recipes(recipe):
         *(("score_pairs", key) for key in ("output", "encoders")),
         *(("distill_cross2bi", key) for key in ("scores", "teachers")),
         *(("mine_pairs", "histogram"), ("common", "overwrite"), ("evaluate_encoders", "output_dir")),
+        *(("common", key) for key in ("push_to_hub", "hub_model_id", "hub_public")),
     ],
 )
-def test_a_recipe_does_not_choose_what_is_written_or_deleted(recipe, section, key):
+def test_a_recipe_does_not_choose_what_is_written_deleted_or_published(recipe, section, key):
     with pytest.raises(InputError, match=rf"{section}\.{key}: cannot be set by a recipe"):
         read_recipe(recipe(f"{section}: {{{key}: x}}\n"))
     for stage in ("train_contrastive", "distill_bi2cross", "distill_cross2bi"):

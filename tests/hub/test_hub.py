@@ -702,7 +702,7 @@ def test_flags_that_do_not_go_together_are_refused(run, step1, tmp_path, run_scr
     assert result.returncode == 2 and "--push_to_hub ORG/NAME" in result.stderr
     result = run_script("plan_run.py", "--recipe", recipe, "--output_dir", tmp_path / "o", "--push_worse")
     assert result.returncode == 2 and "--push_to_hub ORG/NAME" in result.stderr
-    content = yaml.safe_load(recipe.read_text()) | {"common": {"push_to_hub": True, "hub_model_id": "acme/x"}}
+    content = yaml.safe_load(recipe.read_text()) | {"common": {"push_to_hub": True}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     result = run_script("plan_run.py", "--recipe", tmp_path / "r.yaml", "--output_dir", tmp_path / "o")
     assert result.returncode == 2 and "push_to_hub" in result.stderr and not (tmp_path / "o").exists()

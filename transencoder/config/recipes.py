@@ -14,10 +14,12 @@ from transencoder.errors import InputError
 
 DRIVER = "run_transencoder"
 RECIPE_CHARACTERS = 256 << 10
-# What the driver, or whoever calls a script, says: a recipe from elsewhere does not choose what is written or deleted.
+# What the driver, or whoever calls a script, says: a recipe from elsewhere does not choose what is written, deleted or
+# published.
 NOT_IN_RECIPES = {
     *("recipe", "output", "output_dir", "overwrite", "histogram"),
     *("model_name_or_path", "encoders", "teachers", "scores"),
+    *("push_to_hub", "hub_model_id", "hub_public"),
 }
 
 

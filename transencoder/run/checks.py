@@ -84,8 +84,6 @@ def _check_options(
             stage, argv=words + (["--dev", plan.dev] if plan.dev and stage in TRAINING_STAGES else [])
         )
         trackers(getattr(arguments, "report_to", "none"))
-        if getattr(arguments, "push_to_hub", False):
-            raise InputError(f"--recipe {recipe_path}: push_to_hub: give the driver --push_to_hub ORG/NAME instead")
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
             select_by(arguments)
             if teacher := getattr(arguments, "teacher", None):
