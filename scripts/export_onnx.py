@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from transencoder.config.parsing import StageParser
 from transencoder.encoders import load_encoder
 from transencoder.errors import InputError, one_line_errors
-from transencoder.hub.export import ONNX_FILE, check_packages, export_onnx
+from transencoder.hub.export import FILES, ONNX_FILE, check_packages, export_onnx
 from transencoder.model_checks import check_encoders
 from transencoder.model_files import ModelOptions
 from transencoder.pooling import POOLINGS
@@ -38,9 +38,11 @@ def main() -> None:
     quiet_libraries()
     check_packages()
     folder = arguments.output_dir
-    if folder.exists() and not (arguments.overwrite and (folder / ONNX_FILE).is_file()):
-        advice = "add --overwrite or " if (folder / ONNX_FILE).is_file() else ""
-        raise InputError(f"{folder}: exists; {advice}choose another folder")
+    if folder.exists():
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        ours = ONNX_FILE in names and names <= FILES  # not a model with an ONNX file beside its weights
+        if not (arguments.overwrite and ours):
+            raise InputError(f"{folder}: exists; {'add --overwrite or ' if ours else ''}choose another folder")
     options = ModelOptions(arguments.pooling)
     check_encoders([arguments.encoder], options)
 

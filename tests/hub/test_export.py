@@ -1,6 +1,7 @@
 """ONNX files, and MTEB's verdict on what was saved and exported."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -93,6 +94,12 @@ def test_bad_input_is_refused(saved, exported, tiny_bert, tmp_path, monkeypatch,
     ):
         result = run_script("export_onnx.py", *words)
         assert result.returncode == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
+    with_onnx = tmp_path / "model"  # as many on the Hub
+    shutil.copytree(saved / "bi", with_onnx)
+    shutil.copy(exported / "model.onnx", with_onnx)
+    result = run_script("export_onnx.py", with_onnx, with_onnx, "--overwrite")
+    assert result.returncode == 2 and "exists; choose another folder" in result.stderr
+    assert (with_onnx / "model.safetensors").is_file()
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = run_script("export_onnx.py", saved / "bi", tmp_path / "new")
     assert result.returncode == 2 and "pip install onnx" in result.stderr and not (tmp_path / "new").exists()

@@ -19,6 +19,8 @@ from transencoder.runtime.optional import load_optional
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_FILE = "model.onnx"
+# All that an export may consist of.
+FILES = {ONNX_FILE, f"{ONNX_FILE}.data", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 OUTPUTS = {"bi": "sentence_embedding", "cross": "logits"}
 TOLERANCE = 1e-3  # of a cosine or a probability; other kernels add in another order
 # Of several lengths, one beyond any model's positions, so that the check sees padding and cutting off.
