@@ -156,7 +156,8 @@ def report_recall(searcher: Searcher, pairs: Dataset, top_k: int) -> None:
 def main() -> None:
     arguments = parse_tool(SearchArguments, __doc__)
     if arguments.output:
-        check_rows_output(Path(arguments.output), {".jsonl": '{"query"'}, arguments.sentences)
+        inputs = [*(arguments.sentences or []), *filter(None, (arguments.queries, arguments.relevant))]
+        check_rows_output(Path(arguments.output), {".jsonl": '{"query"'}, inputs)
     pairs = read_pairs([arguments.relevant], "label", arguments) if arguments.relevant else None
     queries = (arguments.query or []) + queries_in(arguments)
     searcher = open_searcher(arguments)

@@ -314,6 +314,12 @@ def test_a_file_that_is_not_ours_is_not_overwritten(words, tmp_path, run_script)
         result = run_script(script, *given)
         assert result.returncode == 2 and "exists and was not written by this tool" in result.stderr, result.stderr
         assert (tmp_path / name).read_text() == "sentence\none\ntwo\n"
+    before = '{"query": "one"}\n{"query": "two"}\n'  # results of an earlier call may be the queries of this one
+    (tmp_path / "mine.jsonl").write_text(before)
+    queries = ["--queries", tmp_path / "mine.jsonl", "--columns", "sentence=query"]
+    given = [*words, "--sentences", tmp_path / "sentences.txt", *queries, "--output", tmp_path / "mine.jsonl"]
+    result = run_script("search.py", *given)
+    assert result.returncode == 2 and "--output" in result.stderr and (tmp_path / "mine.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
