@@ -112,7 +112,7 @@ class StageParser(HfArgumentParser):
         words = [with_home(word) for word in (sys.argv[1:] if args is None else args)]
         for word in words:
             if not is_text(word):
-                self.error(f"{word}: not UTF-8 text; rename the file")
+                self.error(f"{word}: not UTF-8 text; a file with such a name has to be renamed")
         return super().parse_known_args(words, namespace)
 
 

@@ -29,7 +29,7 @@ SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n?')  # as Excel writes it above th
 SEPARATORS = ",;\t|"  # of a .csv; where a header has as many columns by two of them, the first one
 UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, read as UTF-8
 SAVE_AS_UTF_8 = "not UTF-8 text: save the file as UTF-8"
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that begins with one of these
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet runs a cell that begins with one of these
 
 Row = list[Any] | str  # the values, or what is wrong with the row
 
@@ -205,7 +205,9 @@ def _first_keys(source: str) -> list[str]:
         raise
     if isinstance(row, list):
         raise ValueError("a JSON array; make it one object a line (jq -c '.[]')")
-    return list(row) if isinstance(row, dict) else []
+    if not isinstance(row, dict):
+        raise ValueError("its first line is not a JSON object")
+    return list(row)
 
 
 def _json_rows(source: str, theirs: list[str], wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
@@ -290,8 +292,7 @@ def write_rows(path: Path, names: list[str], rows: Iterable[Iterable[Any]]) -> N
                 stream.write(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n")
         else:
             writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-            writer.writerow(names)
-            writer.writerows([_inert(cell) for cell in row] for row in rows)
+            writer.writerows([_inert(cell) for cell in row] for row in itertools.chain([names], rows))
 
 
 def _inert(cell: Any) -> Any:
