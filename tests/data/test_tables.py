@@ -625,13 +625,15 @@ def test_row_numbers_of_a_parquet_file_are_right_beyond_the_first_batch(tmp_path
 
 
 def test_what_is_written_is_what_is_read_again_and_no_cell_is_a_formula(tmp_path):
-    texts = ["a\rb", "c\r\nd\ne", 'f "g", h', "=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tt", "i=j", "é\u2028"]
+    texts = ["a\rb", "c\r\nd\ne", 'f "g", h', "=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tt", "\n=1", "i=j", "é\u2028"]
     write_rows(tmp_path / "a.csv", ["sentence1", "sentence2", "score"], [["x", text, -0.5] for text in texts])
-    inert = [f"'{text}" if text[0] in "=+-@\t" else text for text in texts]
+    inert = [f"'{text}" if text[0] in "=+-@\t\n" else text for text in texts]
     assert pairs_of(read_pairs([str(tmp_path / "a.csv")])) == [("x", text) for text in inert]
     with (tmp_path / "a.csv").open(newline="") as stream:
         assert [(row["sentence2"], row["score"]) for row in csv.DictReader(stream)] == [(t, "-0.5") for t in inert]
     assert pd.read_csv(tmp_path / "a.csv").to_numpy().tolist() == [["x", text, -0.5] for text in inert]
+    write_rows(tmp_path / "b.csv", ["=1+1"], [])  # a column of the input that is kept
+    assert (tmp_path / "b.csv").read_text() == '"\'=1+1"\n'
     write_rows(tmp_path / "a.jsonl", list(PAIRS), (["x", text] for text in texts))
     assert pairs_of(read_pairs([str(tmp_path / "a.jsonl")])) == [("x", text) for text in texts]
 
@@ -681,6 +683,8 @@ def test_a_line_end_in_a_header_and_the_line_that_names_a_separator_are_read(tmp
         ('[{"sentence1": "a", "sentence2": "b"}, {"sentence1": "c", "sentence2": "d"}]', "a JSON array; make it one"),
         ('[\n{"sentence1": "a", "sentence2": "b"}\n]', "JSON over several lines; make it one object a line"),
         ('{\n  "sentence1": "a",\n  "sentence2": "b"\n}\n', "JSON over several lines; make it one object a line"),
+        ("null\n", "its first line is not a JSON object"),
+        ('["a", "b"]\n', "a JSON array; make it one"),
     ],
 )
 def test_json_that_is_not_one_object_a_line_is_refused_with_what_to_do(tmp_path, content, what):
@@ -747,8 +751,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     assert refusal(source) == "has changed while it was read; run the same command again"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "no seal", "bad seal", "sentences"])
-def test_a_damaged_cache_file_is_made_again(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", ["cut", "flip", "empty", "no seal", "bad seal", "seal's key", "seal's line", "sentences"]
+)
+def test_a_damaged_cache_file_is_made_again(tmp_path, damage, capsys):
     source = write(tmp_path / "pairs.txt", "".join(f"a{i}||b{i}\n" for i in range(50)))
     path = Path(read_pairs([source]).cache_files[0]["filename"])
     whole = path.read_bytes()
@@ -762,10 +768,14 @@ def test_a_damaged_cache_file_is_made_again(tmp_path, damage):
         path.write_bytes(changed[damage])
     elif damage == "no seal":
         path.with_suffix(".json").unlink()
+    elif damage.startswith("seal's"):
+        old, new = ('"log"', '"lof"') if damage == "seal's key" else ("null", '"50 rows left out"')
+        seal = path.with_suffix(".json")
+        seal.write_text(seal.read_text().replace(old, new))
     else:
         path.with_suffix(".json").write_bytes(b"\xff{")
     assert pairs_of(read_pairs([source])) == [(f"a{i}", f"b{i}") for i in range(50)]
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole and "left out" not in capsys.readouterr().err
 
 
 def test_a_cache_that_is_deleted_while_it_is_used_is_one_line(tmp_path):

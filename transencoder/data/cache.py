@@ -59,13 +59,13 @@ def cached(names: list[str], make: Callable[..., str | None], load: Callable[...
     """
     with cache_folder() as folder:
         paths = [folder / name for name in names]
-        seal = paths[0].with_suffix(".json")  # the checksum, written last
+        seal = paths[0].with_suffix(".json")  # the line, and a checksum of it and the files; written last
         with local_main_process_first():
             if not _is_whole(paths, seal):
                 with ExitStack() as stack:
                     temporaries = [stack.enter_context(replacing(path)) for path in paths]
                     line = make(*temporaries)
-                    content = {"checksum": checksum(*temporaries), "log": line}
+                    content = {"checksum": cache_key(checksum(*temporaries), line), "log": line}
                 write_json(seal, content)
             if line := read_json(seal)["log"]:
                 log(line)
@@ -74,6 +74,7 @@ def cached(names: list[str], make: Callable[..., str | None], load: Callable[...
 
 def _is_whole(paths: list[Path], seal: Path) -> bool:
     try:
-        return read_json(seal)["checksum"] == checksum(*paths)
+        found = read_json(seal)
+        return found["checksum"] == cache_key(checksum(*paths), found["log"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
