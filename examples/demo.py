@@ -52,13 +52,11 @@ def check_length(*texts: str) -> None:
         raise gr.Error(f"At most {MOST_CHARACTERS} characters, please.")
 
 
-def both_orders(encoder: CrossEncoder, pairs: list[tuple[str, str]]) -> list[float]:
-    """Score pairs of sentences: the means of both orders, 0 to 1."""
-    return encoder.predict(pairs + [pair[::-1] for pair in pairs]).reshape(2, -1).mean(axis=0).tolist()
-
-
-def rounded(bi: float, cross: float) -> list[float]:  # as in SCORES
-    return [round(value, 3) for value in ((bi + cross) / 2, bi, cross)]
+def together(cosines: list[float], encoder: CrossEncoder, pairs: list[tuple[str, str]]) -> list[list[float]]:
+    """Return a row of `SCORES` for each pair; the cross-encoder's is the mean of both orders, 0 to 1."""
+    crosses = encoder.predict(pairs + [pair[::-1] for pair in pairs]).reshape(2, -1).mean(axis=0).tolist()
+    rows = [((bi + cross) / 2, bi, cross) for bi, cross in zip(cosines, crosses, strict=True)]
+    return [[round(score, 3) for score in row] for row in rows]
 
 
 def scorer(
@@ -72,8 +70,9 @@ def scorer(
     def score(first: str, second: str) -> list[list]:
         check_length(first, second)
         before = [["start", round(cosine(start, first, second), 3)]] if start else []
-        scores = rounded(cosine(bi_encoder, first, second), *both_orders(cross_encoder, [(first, second)]))
-        return before + [[name, value] for name, value in zip(SCORES, scores, strict=True)]
+        scores = together([cosine(bi_encoder, first, second)], cross_encoder, [(first, second)])[0]
+        mean, *each = map(list, zip(SCORES, scores, strict=True))
+        return [*before, *each, mean]
 
     return score
 
@@ -87,9 +86,8 @@ def searcher(
         check_length(query)
         (hits,) = util.semantic_search(bi_encoder.encode(query, convert_to_tensor=True), vectors, top_k=CANDIDATES)
         texts = [sentences[hit["corpus_id"]] for hit in hits]
-        crosses = both_orders(cross_encoder, [(query, text) for text in texts])
-        rows = [[text, *rounded(hit["score"], c)] for text, hit, c in zip(texts, hits, crosses, strict=True)]
-        return sorted(rows, key=lambda row: -row[1])[:k]
+        scores = together([hit["score"] for hit in hits], cross_encoder, [(query, text) for text in texts])
+        return sorted(([text, *row] for text, row in zip(texts, scores, strict=True)), key=lambda row: -row[1])[:k]
 
     return search
 
@@ -97,16 +95,16 @@ def searcher(
 def duplicate_finder(
     counts: Counter[str], vectors: torch.Tensor, cross_encoder: CrossEncoder
 ) -> Callable[[float], list[list]]:
-    """Return a function of the lowest score that makes the rows of a table: two sentences, mean, both scores."""
+    """Return a function of the lowest score that makes the rows of a table: two sentences, mean of both scores."""
     sentences = list(counts)
-    repeats = [[text, f"(the same, {n} times)", 1.0, 1.0, 1.0] for text, n in counts.items() if n > 1]
+    repeats = [[text, f"(the same, {n} times)", 1.0] for text, n in counts.items() if n > 1]
 
     @functools.cache
     def nearest() -> list[list]:
         found = util.paraphrase_mining_embeddings(vectors, max_pairs=CANDIDATES, top_k=10)[:CANDIDATES]
         pairs = [(sentences[i], sentences[j]) for _, i, j in found]
-        crosses = both_orders(cross_encoder, pairs) if pairs else []
-        rows = [[*pair, *rounded(bi, c)] for pair, (bi, _, _), c in zip(pairs, found, crosses, strict=True)]
+        scores = together([cosine for cosine, _, _ in found], cross_encoder, pairs) if pairs else []
+        rows = [[*pair, mean] for pair, (mean, _, _) in zip(pairs, scores, strict=True)]
         return repeats + sorted(rows, key=lambda row: -row[2])
 
     return lambda lowest: [row for row in nearest() if row[2] >= lowest]
@@ -125,25 +123,26 @@ def main() -> None:
     near = [[text, row[0]] for text in first for row in search(text, 2) if row[0] != text]  # it finds itself, too
     interface = functools.partial(gr.Interface, flagging_mode="never")
     sentence = functools.partial(gr.Textbox, max_length=MOST_CHARACTERS)
+    table = functools.partial(gr.Dataframe, label="Results", wrap=True)
     tabs = {
         "Two sentences": interface(
             scorer(start, bi_encoder, cross_encoder),
             [sentence(label="First sentence"), sentence(label="Second sentence")],
-            gr.Dataframe(headers=["model", "score"], label="Scores"),
+            table(headers=["model", "score"]),
             examples=[pair for pair in near if len(pair[1]) <= MOST_CHARACTERS] or None,
             api_name="score",
         ),
         "Search": interface(
             search,
             [sentence(label="Query"), gr.Slider(1, CANDIDATES, 10, step=1, label="Results")],
-            gr.Dataframe(headers=["sentence", *SCORES], label="Results", wrap=True),
+            table(headers=["sentence", *SCORES], column_widths=["49%", "17%", "17%", "17%"]),
             examples=[[text, 10] for text in first] or None,
             api_name="search",
         ),
         "Duplicates": interface(
             duplicate_finder(counts, vectors, cross_encoder),
             gr.Slider(0, 1, 0.8, label="Mean of both, at least"),
-            gr.Dataframe(headers=["first", "second", *SCORES], label="Exact repeats, then the nearest", wrap=True),
+            table(headers=["first", "second", SCORES[0]], column_widths=["42%", "42%", "16%"]),
             api_name="duplicates",
         ),
     }
