@@ -279,6 +279,7 @@ def test_main_stays_at_a_start_that_is_better_unless_the_worse_one_is_asked_for(
     )
     worse = first_line(bi.at("cycle-2").files)
     assert worse.startswith("**This bi-encoder is worse than the start: use the bi-encoder's tag `cycle-0`**: -")
+    assert worse.endswith(" on mine, AUC x 100.")
     assert "the start" not in first_line(bi.at("cycle-0").files)
     assert first_line(cross.at("main").files).startswith("**This cross-encoder is better than the start**, ")
     assert push(run, dataclasses.replace(TARGET, push_worse=True))

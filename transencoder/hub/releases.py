@@ -15,6 +15,7 @@ from transencoder.config.recipes import read_recipe
 from transencoder.data.tables import PAIRS, read_pairs
 from transencoder.data.tasks import expand_groups, load_task
 from transencoder.errors import InputError
+from transencoder.evaluation import METRICS
 from transencoder.hub.card import CardContent, first_model, labelled_start, model_name, portable
 from transencoder.hub.push import Repository, Version, check_target
 from transencoder.model_files import Kind
@@ -140,7 +141,8 @@ def verdict_in_words(gains: list[Gain] | None, kind: Kind, start: str) -> str:
         "same": f"**This {kind}-encoder is not measurably better than the start**, {start}",
         "worse": f"**This {kind}-encoder is worse than the start: use {start}**",
     }
-    return f"{words[word_of(gains)]}: {in_words(gains)}."
+    metric = f", {METRICS[gains[0].metric].card}" if len(gains) == 1 else ""  # several are named in the phrase
+    return f"{words[word_of(gains)]}: {in_words(gains)}{metric}."
 
 
 def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
