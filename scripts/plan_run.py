@@ -5,7 +5,7 @@ python scripts/plan_run.py --recipe recipes/quickstart.yaml --output_dir runs/qu
 
 It prints in lines what the driver needs: the launcher, OMP_NUM_THREADS where it should be set, words for
 run_stages.py, and for each run its folder and the file that will say how a launch ended. With --dry_run it prints the
-plan as commands.
+plan as commands, and says first, on stderr, what the run has and needs.
 """
 
 import argparse
@@ -72,10 +72,11 @@ def main() -> None:
     check(words)
     read_recipe(words.recipe)  # what is wrong with it is said before the imports below, which take seconds
     from transencoder.run.checks import check_inputs
+    from transencoder.run.estimate import describe
     from transencoder.run.layout import Layout
     from transencoder.run.plan import keep_recipe, load_plan, resolve_recipe
     from transencoder.run.stages import make_stages, write_stages
-    from transencoder.runtime.accelerator import quiet_libraries
+    from transencoder.runtime.accelerator import log, quiet_libraries
     from transencoder.runtime.backends import cpu_cores, spelled_out, without_gpu
 
     quiet_libraries()
@@ -95,9 +96,11 @@ def main() -> None:
 
             check_run_target(where, plan)
         if not runs:
-            check_inputs(plan, words.recipe)
+            inputs = check_inputs(plan, words.recipe)
         runs.append((run, seed, recipe, plan, where))
     if words.dry_run:
+        for line in describe(plan, inputs, len(runs)):
+            log(line)
         for run, seed, _, plan, _ in runs:
             for stage in make_stages(plan, run, Path(words.recipe), seed):
                 print(stage.command(words.launcher, Path(sys.argv[0]).parent))

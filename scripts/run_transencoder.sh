@@ -18,7 +18,8 @@
 #   --student NAME      of several students train only this one (name, or number from 0); the same command with each of the
 #                       others, on other machines, does the rest; they meet at the scores, which the first one makes
 #   --patience SECONDS  how long to wait for the others (default: 86400, a day)
-#   --dry_run           print the commands that do the same by hand, run nothing
+#   --dry_run           say what there is to train on and roughly what it takes, print the commands that do the same by
+#                       hand, run nothing
 #
 # Cost, with the time of one training of the cross-encoder (step 2) as the unit: step 1 is about 0.1 to 1, and each cycle
 # 1 for the cross-encoder, 1 to 2 for the bi-encoder and 0.3 for labelling, times the number of students.

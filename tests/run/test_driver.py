@@ -220,6 +220,7 @@ def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
     assert result.returncode == 0, result.stderr
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
     assert len(commands) == 17 and not (tmp_path / "run").exists()
+    assert result.stderr.startswith("Sentences: ") and result.stderr.endswith("Measured: mine.dev, mine, other\n")
     for command in commands:
         arguments = parsed(command[2:])
         assert arguments.seed == 7 and arguments.mixed_precision == "no"

@@ -85,6 +85,13 @@ def read_pool(arguments: ScoringArguments | LabelArguments, drop_duplicates: boo
 
 def read_sentence_pool(sources: list[str], data_dir: str | None, reading: Reading = AS_IT_IS) -> datasets.Dataset:
     """Read the distinct sentences of named pools, `wiki1m`, files and Hub ids, like `tables.read_sentences`."""
+    return join_sentences(sentence_pool_parts(sources, data_dir, reading), sources)
+
+
+def sentence_pool_parts(
+    sources: list[str], data_dir: str | None, reading: Reading = AS_IT_IS
+) -> list[datasets.Dataset]:
+    """Read the same with their repeats, a table for each source and side."""
     parts = []
     for source in sources:
         if source == WIKI:
@@ -93,7 +100,7 @@ def read_sentence_pool(sources: list[str], data_dir: str | None, reading: Readin
             parts += sides(_named_pool(source, data_dir))
         else:
             parts += sentence_parts(_file_of(source, (*POOLS, WIKI)), reading)
-    return join_sentences(parts, sources)
+    return parts
 
 
 def is_ordered(pairs: list[str], extra_pairs: list[str] | None = None) -> bool:

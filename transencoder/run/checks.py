@@ -1,14 +1,17 @@
 """Everything a recipe names, read before any work begins."""
 
 import dataclasses
+from typing import Any
+
+import datasets
 
 from transencoder.config.arguments import LabelArguments, ScoringArguments
 from transencoder.config.options import Reading
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
 from transencoder.config.stages import STAGES
-from transencoder.data.pools import check_both_orders, is_ordered, read_pool, read_sentence_pool, swap_of
-from transencoder.data.tables import read_pairs
+from transencoder.data.pools import check_both_orders, is_ordered, read_pool, sentence_pool_parts, swap_of
+from transencoder.data.tables import PAIRS, join_sentences, read_pairs, without_repeats
 from transencoder.data.tasks import Task, load_task
 from transencoder.errors import InputError
 from transencoder.model_checks import (
@@ -18,13 +21,14 @@ from transencoder.model_checks import (
     check_language_model,
 )
 from transencoder.model_files import ModelOptions, model_options
+from transencoder.run.estimate import Inputs
 from transencoder.run.plan import TRAINING_STAGES, Plan, Student
 from transencoder.runtime.accelerator import quiet_libraries, trackers
-from transencoder.search.mix import parse_mix, read_sides, wanted_pairs
+from transencoder.search.mix import Sides, parse_mix, wanted_pairs
 from transencoder.selection import select_by, training_rows
 
 
-def check_inputs(plan: Plan, recipe_path: str) -> None:
+def check_inputs(plan: Plan, recipe_path: str) -> Inputs:
     """Read everything the run will need, so that bad input is known before any work; it stays in the cache."""
     quiet_libraries()
     labelling = _labelling(plan, recipe_path)
@@ -36,23 +40,28 @@ def check_inputs(plan: Plan, recipe_path: str) -> None:
         else:
             check_language_model(student.plm)
     _check_teachers(plan, options, labelling)
+    given, parts = None, []
     if plan.pairs:
-        pool = read_pool(labelling, drop_duplicates=True)
+        given = read_pool(labelling, drop_duplicates=False)
+        pool = without_repeats(given, list(PAIRS))
         if labelling.scores:
             from transencoder.labels import teachers_of  # its import takes seconds
 
             teachers_of(labelling, [], pool, _ordered(plan))  # are the files of scores about these pairs?
         pairs = len(pool)
     else:
-        pairs = _pairs_to_mine(plan, recipe_path)
+        pairs, parts = _pairs_to_mine(plan, recipe_path)
     sentences = 0
     if any(not student.bi_encoder for student in plan.students):
-        sentences = len(read_sentence_pool(plan.step1_sentences, plan.data_dir, labelling))
+        parts = sentence_pool_parts(plan.step1_sentences, plan.data_dir, labelling)
+        sentences = len(join_sentences(parts, plan.step1_sentences))
     measuring = parse_stage("evaluate_encoders", argv=_stand_ins("evaluate_encoders", recipe_path, 1))
     tasks = [load_task(spec, plan.data_dir, measuring) for spec in plan.tasks]
-    _check_apart(load_task(plan.dev, plan.data_dir, labelling) if plan.dev else None, tasks, recipe_path)
-    for student in plan.students:
-        _check_options(student, plan, recipe_path, sentences, pairs, labelling)
+    dev = load_task(plan.dev, plan.data_dir, labelling) if plan.dev else None
+    _check_apart(dev, tasks, recipe_path)
+    titles = [task.title for task in ([dev] if dev else []) + tasks]
+    trained = [_check_options(student, plan, recipe_path, sentences, pairs, labelling) for student in plan.students]
+    return Inputs(parts, given, pairs, titles, trained)
 
 
 def _check_teachers(plan: Plan, options: ModelOptions, reading: Reading) -> None:
@@ -76,8 +85,13 @@ def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
 
 def _check_options(
     student: Student, plan: Plan, recipe_path: str, sentences: int, pairs: int, labelling: ScoringArguments
-) -> None:
-    """Parse every stage's options as the stage will, and see that there is enough data for a batch."""
+) -> dict[str, tuple[Any, int]]:
+    """Parse every stage's options as the stage will, and see that there is enough data for a batch.
+
+    Returns:
+        For each training there is: its options, and the number of its inputs.
+    """
+    trained = {}
     for stage in STAGES:
         words = _stand_ins(stage, recipe_path, len(plan.students)) + as_options(getattr(student, stage, {}))
         arguments = parse_stage(
@@ -97,14 +111,20 @@ def _check_options(
             if stage == "distill_bi2cross":
                 rows *= 2 if swap_of(arguments.swap, _ordered(plan)) else 1
             arguments.count_micro_batches(rows, 1)
+            if plan.alternate or stage != "distill_bi2cross":
+                trained[stage] = arguments, rows
+    return trained
 
 
-def _pairs_to_mine(plan: Plan, recipe_path: str) -> int:
-    """Return how many pairs are to be mined, and check the options and the sentences."""
+def _pairs_to_mine(plan: Plan, recipe_path: str) -> tuple[int, list[datasets.Dataset]]:
+    """Return how many pairs are to be mined, and the sentences with their repeats; check both, and the options."""
     mining = parse_stage("mine_pairs", argv=_stand_ins("mine_pairs", recipe_path, len(plan.students)))
     check_encoders([mining.spread_by] if mining.spread_by else [], model_options(mining))
-    sides = read_sides(plan.sentences, plan.sentences_b, plan.data_dir, mining)
-    return sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, sides))
+    sources = [side for side in (plan.sentences, plan.sentences_b) if side]
+    parts = [sentence_pool_parts(side, plan.data_dir, mining) for side in sources]
+    distinct = [join_sentences(*side) for side in zip(parts, sources, strict=True)]
+    number = sum(wanted_pairs(parse_mix(mining.mix), mining.num_pairs, Sides(distinct[0], distinct[-1])))
+    return number, [part for side in parts for part in side]
 
 
 def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
