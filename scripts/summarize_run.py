@@ -66,7 +66,7 @@ def write_summary(run: Path, rounds: list[Round], tasks: list[str] | None) -> No
     print("\n".join([*best, *below]))
     written = [f"{layout.table}", f"{layout.summary}", f"{models}/"]
     if rounds[0].values:  # last, as the library that draws may be missing
-        plot_progress(layout.plot, rounds)
+        plot_progress(layout.plot, rounds, verdict.gains)
         written.insert(2, f"{layout.plot}")
     print(f"Written: {', '.join(written)}")
     log_next("scripts/search.py and scripts/find_duplicates.py use them, scripts/push_to_hub.py publishes them")

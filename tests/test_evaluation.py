@@ -35,6 +35,7 @@ from transencoder.evaluation import (
 from transencoder.hub.card import eval_result
 from transencoder.run import summary
 from transencoder.run.summary import Round, best_round, collect_rounds, dev_of, keep_best, plot_progress, summary_table
+from transencoder.run.verdict import Gain
 from transencoder.runtime.records import code_version
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -704,7 +705,7 @@ def test_the_summary_table_has_ensembles_and_the_papers_figures(tmp_path):
         "| cycle 1, bi- and cross-encoder (ensemble) | 60.00 | 60.00 | 60.00 | 60.00 |",
     ]
     assert best_round(rounds, "bi").student == "roberta"  # no ensemble is one model
-    plot_progress(run / "progress.png", rounds)
+    plot_progress(run / "progress.png", rounds, {})
 
 
 def test_runs_of_several_seeds_are_summarized_by_mean_and_standard_deviation(tmp_path):
@@ -783,9 +784,44 @@ def test_a_ready_start_that_stays_the_best_is_named_and_not_copied(tmp_path):
 def test_the_plot_is_a_png_with_a_panel_for_each_student(tmp_path, students):
     values = {"start": [[1, 1, 1]] * len(students), "cycle-1": [[3, 3, 3]] * 2 * len(students)}
     rounds = collect_rounds(make_run(tmp_path / "run", students, values))
-    plot_progress(tmp_path / "progress.png", rounds)
+    plot_progress(tmp_path / "progress.png", rounds, {})
     content = (tmp_path / "progress.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
     assert (width, height) == ((1.5 + 4.5 * len(students)) * 150, 600)
     assert not (tmp_path / ".progress.png").exists()
+
+
+def plotted(monkeypatch, rounds, gains):
+    """The only panel of a plot."""
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, file, **_: drawn.append(self) or Path(file).touch()
+    )
+    plot_progress(Path("progress.png"), rounds, gains)
+    return drawn[0].axes[0]
+
+
+def test_the_plot_has_dev_and_test_the_intervals_and_ten_points_at_least(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"start": [[80, 80, 82]], "cycle-1": [[81, 80.5, 82.5], [81, 81, 82]]}
+    rounds = collect_rounds(make_run(tmp_path / "run", ["bert"], values))
+    bi = Gain("spearman", ["stsb", "sickr"], 0.5, -0.5, 1.0)
+    axis = plotted(monkeypatch, rounds, {"bi": [bi], "cross": [Gain("spearman", ["other"], 0.5, 0.4, 0.6)]})
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(10) and low < 80 and high > 82.5
+    titles = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert titles == ["stsb.dev", "stsb", "sickr", "gain over the start, 95 %"]
+    assert [line.get_linestyle() for line in axis.get_lines()[:3]] == ["--", "-", "-"]
+    # The bi-encoder of cycle 1 is the third point; the mean of 81 and 82, 1 below it and 0.5 above it.
+    (bar,) = axis.collections
+    assert [list(end) for end in bar.get_segments()[0]] == [[2.0, 80.5], [2.0, 82.0]]
+
+
+def test_a_start_that_stays_the_best_has_no_interval_and_long_ways_are_shown_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"start": [[90, 60, 60]], "cycle-1": [[71, 70, 75], [65, 66, 85]]}
+    rounds = collect_rounds(make_run(tmp_path / "run", ["bert"], values))
+    axis = plotted(monkeypatch, rounds, {"bi": [Gain("spearman", ["stsb"], 0.0, 0.0, 0.0)]})
+    low, high = axis.get_ylim()
+    assert not axis.collections and low < 60 and high > 90 and high - low < 35

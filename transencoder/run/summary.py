@@ -19,6 +19,8 @@ from transencoder.run.plan import ENSEMBLE, Plan, Student, load_plan
 from transencoder.runtime.files import read_json, replacing
 from transencoder.runtime.optional import load_optional
 
+SMALLEST_AXIS = 10  # points, so that one and a half of them do not look like a cliff
+
 
 @dataclass
 class Round:
@@ -216,21 +218,38 @@ def below_start(rounds: list[Round]) -> list[str]:
     return lines
 
 
-def plot_progress(path: Path, rounds: list[Round]) -> None:
-    """Plot score against half-cycle as a PNG: a panel for each student, a line for each test set, else the dev set."""
+def plot_progress(path: Path, rounds: list[Round], gains: dict[str, list[Any]]) -> None:
+    """Plot score against half-cycle as a PNG: a panel for each student, a line for each set, dashed for the dev set.
+
+    Args:
+        gains: those of the verdict. Their 95 % intervals are drawn at the encoders that it compares with the start,
+            around the score on the gain's set, or the mean over its sets.
+    """
     students = list(dict.fromkeys(r.student for r in rounds if r.path))
     figure_class = load_optional("matplotlib.figure").Figure
     figure = figure_class(figsize=(1.5 + 4.5 * len(students), 4), layout="constrained")
-    axes = figure.subplots(1, len(students), sharey=True, squeeze=False)
-    for axis, student in zip(axes[0], students, strict=True):
+    axes = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
+    compared, shown = [(best_round(rounds, kind), gain) for kind in gains for gain in gains[kind]], {}
+    for axis, student in zip(axes, students, strict=True):
         own = [r for r in rounds if r.student == student]
-        labels = [f"{r.kind} {r.cycle}" if r.cycle else "start" for r in own]
-        for name in tests_of(rounds) or [dev_of(rounds)]:
-            axis.plot(labels, [r.values[name] for r in own], marker="o", label=name)
+        places = [f"{r.kind} {r.cycle}" if r.cycle else "start" for r in own]
+        for name in rounds[0].values:
+            style = "o--" if name == dev_of(rounds) else "o-"
+            (shown[name],) = axis.plot(places, [r.values[name] for r in own], style)
+        for place, round_ in zip(places, own, strict=True):
+            for gain in (gain for end, gain in compared if end is round_ and round_.cycle):
+                if set(gain.sets) <= round_.values.keys():
+                    middle = float(np.mean([round_.values[name] for name in gain.sets]))
+                    sides = [[gain.value - gain.low], [gain.high - gain.value]]
+                    bar = axis.errorbar([place], [middle], np.maximum(sides, 0), fmt="k_", capsize=4)
+                    shown["gain over the start, 95 %"] = bar
         axis.set_title(student)
         axis.set_xlabel("half-cycle")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("Spearman or AUC, x 100")
-    axes[0][-1].legend(title="test set", fontsize="small")
+    low, high = axes[0].get_ylim()
+    more = max(SMALLEST_AXIS - (high - low), 0) / 2
+    axes[0].set_ylim(low - more, high + more)
+    axes[0].set_ylabel("Spearman or AUC, x 100")
+    axes[-1].legend(shown.values(), shown, fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
