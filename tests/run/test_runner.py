@@ -155,7 +155,7 @@ AGAIN = ["label with the bi-encoder", "cross-encoder of one", "label with the cr
 def test_what_changed_since_a_stage_read_it_ends_the_run(run, noted):
     assert launch(run, noted, {"cycles": 1}) == "summarize" and not noted.done
     noted.pairs.write_text("a\tc")
-    why = rf"{noted.pairs} has changed since: .*bi-scores.parquet was made from it; .* choose another --output_dir"
+    why = rf"{noted.pairs} has changed since, and .*bi-scores.parquet was made from it; .* choose another --output_dir"
     with pytest.raises(BrokenRun, match=why):
         launch(run, noted, {"cycles": 1})
     assert not noted.done

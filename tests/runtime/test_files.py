@@ -379,7 +379,7 @@ def test_where_a_result_goes_is_no_part_of_what_it_is(tmp_path):
 
 @pytest.mark.parametrize("status", ["running", "complete"])
 @pytest.mark.parametrize("spec", ["{}", "mine={}"])
-def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec):
+def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec, monkeypatch):
     source = tmp_path / "pairs.tsv"
     source.write_text("one")
     arguments = run_arguments(tmp_path / "out", dev=spec.format(source))
@@ -393,6 +393,9 @@ def test_a_run_whose_input_file_changed_is_refused(tmp_path, status, spec):
     with pytest.raises(InputError, match=refused):
         claim(arguments, STAGE)
     assert claim(run_arguments(tmp_path / "out", dev=arguments.dev, overwrite=True), STAGE) is False
+    monkeypatch.setenv("TRANSENCODER_RUN", str(tmp_path))
+    with pytest.raises(InputError, match=rf"put it back, or delete {tmp_path / 'out'}, and the same command"):
+        claim(arguments, STAGE)
     source.unlink()
     with pytest.raises(InputError, match="has changed since"):
         claim(arguments, STAGE)

@@ -77,7 +77,8 @@ class Checksums:
             if not Path(name).resolve().is_relative_to(self.run.resolve()):
                 words = changed_inputs({name: changed[name]}, {name: there[name]})
                 raise InputError(
-                    f"{', '.join(words[:3])}: {output} was made from it; put it back, or choose another --output_dir"
+                    f"{', '.join(words[:3])}, and {output} was made from it; put it back, or choose another "
+                    "--output_dir"
                 )
         return bool(changed)
 

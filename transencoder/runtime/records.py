@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ import transformers
 import transencoder
 from transencoder.config.options import result_options
 from transencoder.errors import InputError, is_first_process, storage_error
+from transencoder.runtime.accelerator import DRIVER_VARIABLE
 from transencoder.runtime.files import MODEL_MARKS, model_files, place_model, read_json, sha256, write_json
 from transencoder.runtime.locks import lock, unlock
 
@@ -164,6 +166,8 @@ def claim(arguments: Any, stage: str, now: dict[str, Any], result: str | None = 
         raise InputError(f"{where}: holds the result of {found_stage}; {advice}")
     changed = difference(found, now)
     if changed:
+        if os.environ.get(DRIVER_VARIABLE):  # which has no --overwrite
+            advice = f"put it back, or delete {folder}, and the same command makes it again"
         raise InputError(f"{where}: holds another run's results ({changed}); {advice}")
     # Somebody may have deleted what was damaged.
     return status == "complete" and any(folder.glob(result or "model*.safetensors"))
