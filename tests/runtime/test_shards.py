@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from transencoder.errors import InputError
 from transencoder.runtime.shards import Shards
 
 ONE_PROCESS = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
@@ -31,3 +33,17 @@ def test_shards_that_depend_on_other_things_are_deleted(tmp_path):
         assert (shards.load("encoder-0", 0, 4) is not None) == there
         shards.save("encoder-0", 0, np.zeros(4, dtype=np.float32))
     shards.remove()
+
+
+@pytest.mark.parametrize("lies_there", ["link", "dangling link", "file"])
+def test_what_is_no_folder_of_shards_is_neither_followed_nor_deleted(tmp_path, lies_there):
+    folder, elsewhere = tmp_path / ".out.parts", tmp_path / "elsewhere"
+    if lies_there == "file":
+        folder.touch()
+    else:
+        folder.symlink_to(elsewhere)
+    if lies_there == "link":
+        elsewhere.mkdir()
+    with pytest.raises(InputError, match=r"\.out\.parts: not a folder, where one .* belongs; delete it"):
+        Shards(tmp_path / "out", {}, 4, ONE_PROCESS)
+    assert not elsewhere.exists() or not list(elsewhere.iterdir())

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from transencoder.errors import writing
+from transencoder.errors import InputError, writing
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.files import replacing, write_json
 from transencoder.runtime.locks import lock, unlock
@@ -34,6 +34,8 @@ class Shards:
     def __init__(self, output: Path, metadata: dict[str, Any], rows: int, accelerator: Accelerator):
         self.folder, self.rows, self.accelerator = _folder(output), rows, accelerator
         self.output = output
+        if self.folder.is_symlink() or self.folder.is_file():  # what is written and deleted there is somebody else's
+            raise InputError(f"{self.folder}: not a folder, where one for partial results belongs; delete it")
         if accelerator.is_main_process:
             lock(output)
         metadata = json.loads(json.dumps({**metadata, "rows": rows}))
