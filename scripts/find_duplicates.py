@@ -10,12 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from datasets import Dataset
-
 from transencoder.config.tools import DuplicatesArguments, parse_tool
 from transencoder.data.formats import write_rows
 from transencoder.data.scores import check_rows_output
-from transencoder.data.tables import PAIRS, SENTENCES, read_rows
+from transencoder.data.tables import SENTENCES, read_rows
 from transencoder.data.tokens import tokenize, unique_sentences
 from transencoder.embeddings import embed, similarities
 from transencoder.errors import InputError, one_line_errors, printable
@@ -26,7 +24,7 @@ from transencoder.runtime.accelerator import log, start
 from transencoder.runtime.optional import load_optional
 from transencoder.runtime.records import model_identity
 from transencoder.scoring import Teachers
-from transencoder.search.clusters import candidate_pairs, communities, repeated, rows_of, sweep
+from transencoder.search.clusters import candidate_pairs, communities, repeated, rows_of, sweep, texts_of
 from transencoder.search.index import check_searchable, vector_shards
 from transencoder.search.neighbours import vector_index
 
@@ -63,7 +61,7 @@ def main() -> None:
     pairs = candidate_pairs(index, vectors, arguments.neighbours)
     scores = similarities(vectors, *pairs.T, encoder.similarity)
     if arguments.cross_encoder and len(pairs):
-        texts = Dataset.from_dict({name: sentences[pairs[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
+        texts = texts_of(pairs, sentences)
         teacher = Teachers([arguments.cross_encoder], options=options, both_orders=True)
         scores = (scores + teacher.score([texts], inference)[0]) / 2
     groups = communities(pairs, scores, arguments.threshold, arguments.seed)

@@ -10,11 +10,9 @@ The index is made once; later calls leave --sentences out, or give more of them.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
-
-import numpy as np
-from datasets import Dataset
 
 from transencoder.config.options import is_text
 from transencoder.config.tools import SearchArguments, parse_tool
@@ -41,6 +39,9 @@ from transencoder.search.index import (
     recall,
 )
 from transencoder.search.neighbours import LexicalIndex
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Of a result's fields, those that the table has in columns of its own, or not at all.
 SHOWN = ("sentence", "file", "score", "bi_encoder", "cross_encoder", "alike")
@@ -136,7 +137,7 @@ def table(query: str, hits: list[Hit], milliseconds: dict[str, float]) -> str:
     return "\n".join([query, *shown, times])
 
 
-def report_recall(searcher: Searcher, pairs: Dataset, top_k: int) -> None:
+def report_recall(searcher: Searcher, pairs: "Dataset", top_k: int) -> None:
     """Print the mean share of each sentence's partners among its first results, retrieved and re-ranked."""
     relevant = partners(pairs)
     if not relevant:
@@ -148,7 +149,7 @@ def report_recall(searcher: Searcher, pairs: Dataset, top_k: int) -> None:
         values.append([recall(hits, others, query, top_k) for hits in (retrieved, reranked)])
         bar.update()
     bar.close()
-    means = 100 * np.mean(values, axis=0)
+    means = [100 * sum(column) / len(column) for column in zip(*values, strict=True)]
     print(f"recall@{top_k} of {len(values)} queries: retrieved {means[0]:.2f}, re-ranked {means[1]:.2f}")
 
 

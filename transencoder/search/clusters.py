@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 
+from transencoder.data.tables import PAIRS
 from transencoder.runtime.optional import load_optional
 from transencoder.search.neighbours import search_vectors
 
@@ -24,6 +25,11 @@ def candidate_pairs(index, vectors: np.ndarray, neighbours: int, rows_at_once: i
         pairs = np.stack([np.broadcast_to(rows[:, None], others.shape), others], axis=-1).reshape(-1, 2)
         found.append(pairs[(pairs[:, 1] >= 0) & (pairs[:, 0] != pairs[:, 1])])
     return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def texts_of(pairs: np.ndarray, sentences: datasets.Dataset) -> datasets.Dataset:
+    """Return the sentences of pairs of rows, as a table of pairs."""
+    return datasets.Dataset.from_dict({name: sentences[pairs[:, i]]["sentence"] for i, name in enumerate(PAIRS)})
 
 
 def communities(pairs: np.ndarray, scores: np.ndarray, threshold: float, seed: int) -> list[list[tuple[int, float]]]:
