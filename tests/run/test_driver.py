@@ -216,7 +216,7 @@ def summarize(*words):
 
 
 def test_dry_run_prints_commands_that_the_scripts_accept(recipe, tmp_path):
-    result = drive("--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run", "--seed", 7)
+    result = drive("--recipe", recipe, "--output_dir", tmp_path / "run", "--dry_run", "--seed", 7, "--patience", "08")
     assert result.returncode == 0, result.stderr
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
     assert len(commands) == 17 and not (tmp_path / "run").exists()
