@@ -142,6 +142,10 @@ def report_recall(searcher: Searcher, pairs: "Dataset", top_k: int) -> None:
     relevant = partners(pairs)
     if not relevant:
         raise InputError("--relevant: no pair has label 1")
+    wanted = set().union(*relevant.values())
+    absent = wanted.difference(searcher.index.sentences["sentence"].to_pylist())
+    if absent:
+        log(f"{len(absent)} of {len(wanted)} partners are not in the index, where nothing finds them")
     values = []
     bar = progress_bar(searcher.inference.accelerator, len(relevant), "Searching")
     for query, others in relevant.items():

@@ -293,6 +293,11 @@ def test_columns_are_renamed_in_queries_and_in_relevant_pairs(words, tmp_path, r
     columns = ["--columns", "sentence1=question1", "sentence2=question2", "label=is_duplicate"]
     result = run_script("search.py", *given, "--relevant", tmp_path / "pairs.tsv", *columns)
     assert result.returncode == 0 and "of 2 queries" in result.stdout, result.stderr
+    assert "not in the index" not in result.stderr
+    with (tmp_path / "pairs.tsv").open("a") as stream:
+        stream.write(f"{one}\tnowhere\t1\n")
+    result = run_script("search.py", *given, "--relevant", tmp_path / "pairs.tsv", *columns)
+    assert result.returncode == 0 and "1 of 3 partners are not in the index" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("read", ["bytes", "closed"])
