@@ -52,7 +52,7 @@ for ((i = 0; i < ${#runs[@]}; i += 2)); do
     next=$(cat "$outcome" 2>/dev/null) || true
   done
   [[ ! $stopped && $next != stopped ]] || { say "stopped by a signal. The same command again goes on from here."; exit 75; }
-  [[ $next ]] || { echo failed >"$outcome"; say "the launch failed (see above). The same command again goes on from here."; }
+  [[ $next ]] || { { echo failed >"$outcome"; } 2>/dev/null || true; say "the launch failed (see above). The same command again goes on from here."; }
   [[ $next == summarize || $next == nothing ]] || exit 1
   rm -f "$outcome"
   [[ $next == summarize ]] || continue

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from datasets import Dataset
 
 from transencoder.config.parsing import parse_stage
 from transencoder.data.scores import write_scores
-from transencoder.errors import BrokenRun
+from transencoder.errors import BrokenRun, FullDisk
 from transencoder.run import runner
 from transencoder.run.completion import is_complete
 from transencoder.run.layout import Layout
@@ -233,6 +234,17 @@ def test_a_stage_that_ends_the_process_ends_the_launch(run, capsys, code, outcom
     assert stop.value.code == code and Layout(run).outcome(None).read_text().strip() == outcome
     said = "'cycle 1: cross-encoder of one' failed (see above)" in capsys.readouterr().err
     assert said == (outcome == "failed")
+
+
+def test_a_full_disk_is_told_once(run, monkeypatch):
+    def no_room(path, text):
+        raise FullDisk(f"{path}: cannot be written: No space left on device")
+
+    call = Stages()
+    call.before = lambda stage: sys.exit(1)  # which has said so
+    monkeypatch.setattr(runner, "write_text", no_room)
+    with pytest.raises(SystemExit):
+        launch(run, call)
 
 
 def test_an_error_of_ours_keeps_its_traceback(run, capsys):

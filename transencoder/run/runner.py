@@ -5,6 +5,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
-from transencoder.errors import BrokenRun, InputError
+from transencoder.errors import BrokenRun, FullDisk, InputError
 from transencoder.run.completion import Checksums, is_complete, label_agreement, tidy
 from transencoder.run.layout import Layout
 from transencoder.run.plan import Plan
@@ -93,11 +94,9 @@ class Runner:
         """
         try:
             outcome = self.do_stages()
-        except SystemExit as end:
-            self.tell("stopped" if end.code == EXIT_CODE else "failed")
-            raise
-        except BrokenRun:
-            self.tell("failed")
+        except (SystemExit, BrokenRun) as end:
+            with suppress(FullDisk):  # the disk may be why it ended; the driver takes no word for "failed"
+                self.tell("stopped" if getattr(end, "code", None) == EXIT_CODE else "failed")
             raise
         self.tell(outcome)
 
