@@ -146,7 +146,7 @@ def test_one_launch_makes_the_bits_that_the_printed_commands_make(recipe, tmp_pa
     for command in commands:
         subprocess.run(["bash", "-c", command], check=True, env=drive_environment(), cwd=ROOT, capture_output=True)
     sums = [checksums(tmp_path / name) for name in ("run", "by-hand")]
-    assert len(sums[0]) == 6 and sums[0] == sums[1]
+    assert len(sums[0]) == 7 and sums[0] == sums[1]
     for name in ("contrastive/one", "cycle-1/cross-encoder/one", "cycle-1/bi-encoder/one", "cycle-1"):
         facts = [json.loads((tmp_path / run / name / "run.json").read_text()) for run in ("run", "by-hand")]
         assert facts[0]["world_size"] == facts[1]["world_size"] == processes
