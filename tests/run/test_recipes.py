@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, random_pairs, random_sentences, write_jsonl
+from support import recipe_keys
 
 from transencoder.config.recipes import DRIVER, read_recipe
 from transencoder.data.tasks import GROUPS, TASKS
@@ -117,3 +118,8 @@ def test_a_recipe_runs_through(path, data_dir, stand_ins, tmp_path, run_script):
     if "qnli" in path.stem:
         cross = json.loads((run / "cycle-1" / "cross-encoder" / "bert" / "run.json").read_text())
         assert cross["examples"] == 150  # not in both orders
+
+
+def test_the_page_on_recipes_has_every_key():
+    page = recipe_keys.PAGE.read_text(encoding="utf-8").partition(recipe_keys.START)[2]
+    assert page == "\n" + recipe_keys.tables(), "run: python tests/support/recipe_keys.py"
