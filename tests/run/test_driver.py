@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -283,6 +284,23 @@ def test_students_that_carry_over_begin_with_their_own_weights_from_the_second_c
             for name in ("one", "two")
         },
     }
+
+
+def test_the_mean_of_both_kinds_can_be_what_step_3_learns(recipe, tmp_path):
+    run = tmp_path / "run"
+    mean = changed(recipe, tmp_path / "mean.yaml", cycles=2, mean_labels=True)
+    result = drive("--recipe", mean, "--output_dir", run, "--dry_run")
+    assert result.returncode == 2 and "mean_labels is a mean without teacher_weights" in result.stderr
+    content = yaml.safe_load(mean.read_text())
+    del content["score_pairs"]["teacher_weights"]
+    mean.write_text(yaml.safe_dump(content))
+    commands = dry_run(mean, run)
+    teachers = {Path(a["output"]).relative_to(run): a["encoders"] for s, a in commands if s == "score_pairs.py"}
+    for cycle, before in ((1, "contrastive"), (2, "cycle-1/bi-encoder")):
+        bi = [str(run / before / name) for name in ("one", "two")]
+        cross = [str(run / f"cycle-{cycle}/cross-encoder" / name) for name in ("one", "two")]
+        assert teachers[Path(f"cycle-{cycle}/bi-scores.parquet")] == bi
+        assert teachers[Path(f"cycle-{cycle}/cross-scores.parquet")] == [*cross, *bi]
 
 
 def test_plain_self_distillation_leaves_the_cross_encoder_out(recipe, tmp_path):

@@ -134,6 +134,8 @@ def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
     check_both_orders(labelling.both_orders, _ordered(plan))
     if plan.teachers and (labelling.teacher_weights or labelling.scores):
         raise InputError(f"--recipe {recipe_path}: {DRIVER}.teachers has the weights and the files of scores itself")
+    if plan.mean_labels and labelling.teacher_weights:
+        raise InputError(f"--recipe {recipe_path}: {DRIVER}.mean_labels is a mean without teacher_weights")
     labelling.scores = labelling.scores or [teacher.scores for teacher in plan.teachers if teacher.scores]
     return labelling
 

@@ -112,7 +112,7 @@ class _Planner:
         labels = layout.scores(cycle, "bi")
         if plan.alternate:
             yield from self.train(cycle, "cross", labels)
-            yield self.label(cycle, "cross", self.cross)
+            yield self.label(cycle, "cross", [*self.cross, *(self.bi if plan.mean_labels else [])])
             labels = layout.scores(cycle, "cross")
         yield from self.train(cycle, "bi", labels)
         if plan.student_start == "carry_over":
