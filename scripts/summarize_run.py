@@ -7,6 +7,7 @@ Of several runs that differ in their seed only, it prints means and standard dev
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def write_summary(run: Path, rounds: list[Round], tasks: list[str] | None) -> No
 def main() -> None:
     arguments = parse()
     runs = arguments.runs
-    if len({run.resolve() for run in runs}) < len(runs):
+    if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise InputError(f"{' '.join(map(str, runs))}: give each run once")
     collected = [collect_rounds(run) for run in runs]
     if len(runs) == 1:

@@ -429,5 +429,5 @@ def test_a_new_loss_is_an_entry_in_its_registry_and_nothing_else(tiny_bert, tmp_
     assert result.returncode == 0, result.stderr
     monkeypatch.setitem(CROSS_LOSSES, "huber", Choice(None, "", "Huber loss"))
     card = render_card(CardContent("acme/x", model, "cross", str(tiny_bert), ""), HubTarget())
-    assert "reads both sentences together (Huber loss)." in card
+    assert "give to pairs of sentences (Huber loss)." in " ".join(card.split())
     assert "| `loss` | huber |" in card
