@@ -11,6 +11,7 @@ from conftest import random_pairs, write_jsonl
 
 from transencoder.config.arguments import ScoringArguments
 from transencoder.config.options import Reading
+from transencoder.config.parsing import parse_stage
 from transencoder.data import hub_sets
 from transencoder.data.pools import (
     POOLS,
@@ -23,6 +24,7 @@ from transencoder.data.pools import (
 )
 from transencoder.data.tasks import GROUPS, TASKS, load_task, read_split
 from transencoder.errors import InputError
+from transencoder.runtime.records import HubSource
 
 
 def naming(pairs, data_dir):
@@ -260,3 +262,9 @@ def test_a_set_with_one_value_only_is_refused(tmp_path):
         path.write_text(path.read_text().replace('"score"' if gold == "label" else '"label"', '"other"'))
         with pytest.raises(InputError, match=f"^{spec}: {words}"):
             load_task(spec)
+
+
+def test_a_model_on_the_hub_that_teaches_step_1_is_an_input():
+    words = ["--model_name_or_path", "acme/plm", "--sentences", "wiki1m", "--output_dir", "out"]
+    arguments = parse_stage("train_contrastive", argv=[*words, "--teacher", "acme/teacher"])
+    assert HubSource("acme/teacher", "model") in input_files(arguments)

@@ -62,7 +62,7 @@ WIKI = "wiki1m"  # the SimCSE authors' sentences of Wikipedia, for step 1
 WIKI_HUB = ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt", 1_000_000)
 
 # The options that name models, and those that name data, which may be on the Hub.
-MODEL_OPTIONS = ("model_name_or_path", "encoders", "teachers", "spread_by")
+MODEL_OPTIONS = ("model_name_or_path", "encoders", "teacher", "teachers", "spread_by")
 DATA_OPTIONS = ("sentences", "sentences_b", "pairs", "extra_pairs", "scores", "tasks", "dev")
 
 

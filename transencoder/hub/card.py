@@ -37,7 +37,7 @@ OWN_TAGS = {"bi": ["sentence-similarity", "feature-extraction"], "cross": ["cros
 PLACEHOLDER = "path/to/"  # of what others do not have
 EXAMPLES = Path(transencoder.__file__).resolve().parents[1] / "examples"  # files that others have, too
 # The keys of recipes and the options that name models, and all that name what lies on a disk.
-MODEL_KEYS = {*MODEL_OPTIONS, "teacher", "plm", "bi_encoder", "cross_encoder_plm", "model"}
+MODEL_KEYS = {*MODEL_OPTIONS, "plm", "bi_encoder", "cross_encoder_plm", "model"}
 PATH_KEYS = {*MODEL_KEYS, *DATA_OPTIONS, "data_dir"}
 NOT_SHOWN = {*PATH_KEYS, "inputs", "columns", "seed"}  # of run.json's arguments: paths, or said elsewhere in the card
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")
