@@ -486,6 +486,7 @@ def test_a_ready_bi_encoder_needs_neither_step_1_nor_its_sentences():
         (plan_with(paper={"bert": "simcse-bert/self"}), "paper: the paper has no 'simcse-bert/self'; it has: "),
         (plan_with(student_start="fresh"), "student_start must be refresh or carry_over, not 'fresh'"),
         (plan_with(alternate="no"), "alternate must be true or false"),
+        (plan_with(step3_labels="mean"), "step3_labels must be cross, both or bi, not 'mean'"),
         (plan_with(pairs=None, sentences=None), "needs 'pairs', or 'sentences'"),
         (plan_with(cycle=3), "unknown key 'cycle'"),
         (plan_with(cycles=0), "cycles must be a whole number from 1"),

@@ -288,9 +288,9 @@ def test_students_that_carry_over_begin_with_their_own_weights_from_the_second_c
 
 def test_the_mean_of_both_kinds_can_be_what_step_3_learns(recipe, tmp_path):
     run = tmp_path / "run"
-    mean = changed(recipe, tmp_path / "mean.yaml", cycles=2, mean_labels=True)
+    mean = changed(recipe, tmp_path / "mean.yaml", cycles=2, step3_labels="both")
     result = drive("--recipe", mean, "--output_dir", run, "--dry_run")
-    assert result.returncode == 2 and "mean_labels is a mean without teacher_weights" in result.stderr
+    assert result.returncode == 2 and "step3_labels: both is a mean without teacher_weights" in result.stderr
     content = yaml.safe_load(mean.read_text())
     del content["score_pairs"]["teacher_weights"]
     mean.write_text(yaml.safe_dump(content))
@@ -301,6 +301,11 @@ def test_the_mean_of_both_kinds_can_be_what_step_3_learns(recipe, tmp_path):
         cross = [str(run / f"cycle-{cycle}/cross-encoder" / name) for name in ("one", "two")]
         assert teachers[Path(f"cycle-{cycle}/bi-scores.parquet")] == bi
         assert teachers[Path(f"cycle-{cycle}/cross-scores.parquet")] == [*cross, *bi]
+    commands = dry_run(changed(mean, tmp_path / "bi.yaml", step3_labels="bi"), run)
+    scores = {a["output_dir"]: a["scores"] for s, a in commands if s.startswith("distill_")}
+    for kind in ("cross", "bi"):
+        learned = scores[str(run / "cycle-2" / f"{kind}-encoder" / "one")]
+        assert learned == [str(run / "cycle-2" / "bi-scores.parquet")]
 
 
 def test_plain_self_distillation_leaves_the_cross_encoder_out(recipe, tmp_path):

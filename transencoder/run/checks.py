@@ -104,7 +104,8 @@ def _check_options(
                 check_bi_encoder(teacher)
             if isinstance(arguments, LabelArguments):
                 several = [teacher.model for teacher in plan.teachers] + [labelling.lexical_weight]
-                several += [labelling.both_orders and plan.alternate and stage == "distill_cross2bi"]
+                crosses = plan.alternate and plan.step3_labels != "bi" and stage == "distill_cross2bi"
+                several += [crosses and labelling.both_orders, crosses and plan.step3_labels == "both"]
                 arguments.check_disagreement(len(plan.students) + len(labelling.scores) + sum(map(bool, several)))
             rows = sentences if stage == "train_contrastive" else training_rows(pairs, arguments)
             rows = min(rows, getattr(arguments, "num_sentences", None) or rows)
@@ -134,8 +135,8 @@ def _labelling(plan: Plan, recipe_path: str) -> ScoringArguments:
     check_both_orders(labelling.both_orders, _ordered(plan))
     if plan.teachers and (labelling.teacher_weights or labelling.scores):
         raise InputError(f"--recipe {recipe_path}: {DRIVER}.teachers has the weights and the files of scores itself")
-    if plan.mean_labels and labelling.teacher_weights:
-        raise InputError(f"--recipe {recipe_path}: {DRIVER}.mean_labels is a mean without teacher_weights")
+    if plan.step3_labels == "both" and labelling.teacher_weights:
+        raise InputError(f"--recipe {recipe_path}: {DRIVER}.step3_labels: both is a mean without teacher_weights")
     labelling.scores = labelling.scores or [teacher.scores for teacher in plan.teachers if teacher.scores]
     return labelling
 

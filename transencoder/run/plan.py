@@ -80,8 +80,8 @@ class Plan:
         student_start: where a cycle's students begin: "refresh", the raw language model and the step-1 checkpoint, or
             "carry_over", their own weights of the cycle before (ablation).
         alternate: False leaves the cross-encoder out: bi-encoders learn from bi-encoders (ablation).
-        mean_labels: step 3 learns the mean of the scores of the cycle's cross- and bi-encoders, not those of the
-            cross-encoder alone: where the start is stronger than the cross-encoder.
+        step3_labels: whose scores step 3 learns: those of the cycle's "cross" encoders, the mean of "both" kinds, or
+            those that step 2 learned ("bi"). The others are for a start that is stronger than the cross-encoder.
         paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
         teachers: who scores the pairs, too.
         stop_at: no further cycle once its labels agree with those of the cycle before so much (Spearman, 0 to 1).
@@ -101,7 +101,7 @@ class Plan:
     cycles: int = 3
     student_start: str = "refresh"
     alternate: bool = True
-    mean_labels: bool = False
+    step3_labels: str = "cross"
     paper: dict[str, str] = dataclasses.field(default_factory=dict)
     stop_at: float | None = None
     teachers: list[OutsideTeacher] = dataclasses.field(default_factory=list)
@@ -178,7 +178,9 @@ def _check_kinds(plan: Plan, where: str) -> None:
             raise InputError(f"{where}: {name} must be a name, not {value!r}")
     if plan.student_start not in ("refresh", "carry_over"):
         raise InputError(f"{where}: {DRIVER}.student_start must be refresh or carry_over, not {plan.student_start!r}")
-    for name in ("alternate", "mean_labels", "remine"):
+    if plan.step3_labels not in ("cross", "both", "bi"):
+        raise InputError(f"{where}: {DRIVER}.step3_labels must be cross, both or bi, not {plan.step3_labels!r}")
+    for name in ("alternate", "remine"):
         if not isinstance(getattr(plan, name), bool):
             raise InputError(f"{where}: {DRIVER}.{name} must be true or false")
     if not isinstance(plan.paper, dict):

@@ -112,7 +112,8 @@ class _Planner:
         labels = layout.scores(cycle, "bi")
         if plan.alternate:
             yield from self.train(cycle, "cross", labels)
-            yield self.label(cycle, "cross", [*self.cross, *(self.bi if plan.mean_labels else [])])
+        if plan.alternate and plan.step3_labels != "bi":
+            yield self.label(cycle, "cross", [*self.cross, *(self.bi if plan.step3_labels == "both" else [])])
             labels = layout.scores(cycle, "cross")
         yield from self.train(cycle, "bi", labels)
         if plan.student_start == "carry_over":
