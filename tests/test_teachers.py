@@ -174,7 +174,7 @@ def test_a_student_need_not_learn_what_its_teachers_disagree_on(encoders, tmp_pa
     words = ["--model_name_or_path", encoders[1], "--total_batch_size", 8, "--max_steps", 1]
     words += ["--output_dir", tmp_path / "student", "--drop_disagreement", 0.5, "--weight_disagreement"]
     of_teacher = ["--teachers", encoders[1], "--pairs", pairs]
-    result = run_script("distill_bi2cross.py", *words, *of_teacher, "--both_orders")
+    result = run_script("distill_bi2cross.py", *words, *of_teacher, "--both_orders", "--smooth_neighbours", 3)
     assert result.returncode == 0, result.stderr
     assert "24 pairs, 24 examples" in result.stderr  # 12 are left, in both orders
     assert "12 of 24 pairs are dropped: the teachers disagree on them most" in result.stderr
@@ -182,6 +182,7 @@ def test_a_student_need_not_learn_what_its_teachers_disagree_on(encoders, tmp_pa
     card = render_card(CardContent("acme/x", tmp_path / "student", "cross", str(encoders[1]), ""), HubTarget())
     assert "The 50 % of the pairs on which its teachers disagreed most were left out." in card
     assert "It saw a pair the more often the better its teachers agreed on it" in card
+    assert "compared neighbourhoods: each sentence's 3 nearest in the data." in card
 
     words += ["--overwrite"]
     result = run_script("distill_bi2cross.py", *words, *of_teacher)

@@ -242,6 +242,8 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         lines.append(f"Another teacher's scores: `{Path(path).name}`")
     if labels.get("lexical_weight"):
         lines.append(f"The sentences' common words had the weight {labels['lexical_weight']} in the score.")
+    if near := labels.get("smooth_neighbours"):
+        lines.append(f"Bi-encoders' scores compared neighbourhoods: each sentence's {near} nearest in the data.")
     if share := arguments.get("drop_disagreement"):
         lines.append(f"The {100 * share:g} % of the pairs on which its teachers disagreed most were left out.")
     if arguments.get("weight_disagreement"):
