@@ -372,7 +372,7 @@ def test_a_cross_encoder_is_no_start_for_step_3(cross, bi_scores, tmp_path, run_
 def test_an_output_folder_with_foreign_files_is_refused(tiny_bert, corpus):
     """In a process of its own: the exit code is what a shell sees."""
     words = ["--model_name_or_path", tiny_bert, "--sentences", corpus / "sentences.txt", "--output_dir", corpus]
-    refused(launch("train_contrastive.py", *words, direct=True), str(corpus), "--overwrite")
+    refused(launch("train_contrastive.py", *words, direct=True), str(corpus), "choose another --output_dir")
 
 
 @pytest.mark.slow
