@@ -12,7 +12,7 @@ import xxhash
 
 from transencoder.errors import BrokenRun, writing
 from transencoder.runtime.accelerator import log
-from transencoder.runtime.files import read_json, replacing, write_json
+from transencoder.runtime.files import digest, read_json, replacing, write_json
 from transencoder.runtime.waiting import local_main_process_first
 
 CACHE_VERSION = 3  # raise it when what is written to the cache changes
@@ -41,12 +41,7 @@ def cache_key(*parts: Any) -> str:
 
 def checksum(*files: Path) -> str:
     """Return a checksum of the files' contents that tells damage and changes, not attacks; as fast as memory is."""
-    sum_ = xxhash.xxh3_128()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                sum_.update(block)
-    return sum_.hexdigest()
+    return digest(xxhash.xxh3_128(), *files)
 
 
 def cached(names: list[str], make: Callable[..., str | None], load: Callable[..., Any]) -> Any:

@@ -38,13 +38,17 @@ MODEL_MARKS = ("config.json", "modules.json")  # a folder that has one holds a m
 
 
 def sha256(*files: Path) -> str:
-    """Return the checksum of the files' contents, one after another."""
-    sha = hashlib.sha256()
+    """Return the SHA-256 of the files' contents, one after another."""
+    return digest(hashlib.sha256(), *files)
+
+
+def digest(hasher: Any, *files: Path) -> str:
+    """Return what a hash of `hashlib` or `xxhash` makes of the files' contents, one after another, as hex digits."""
     for file in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
-                sha.update(block)
-    return sha.hexdigest()
+                hasher.update(block)
+    return hasher.hexdigest()
 
 
 def model_files(folder: Path) -> list[str]:
