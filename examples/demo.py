@@ -9,6 +9,7 @@ A run's models are sentence-transformers' own, and so is everything that is done
 
 import argparse
 import functools
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,7 @@ CANDIDATES = 50  # sentences, or pairs, that the bi-encoder finds for the cross-
 MOST_CHARACTERS = 2000  # of a text; longer ones would hold up everybody else's
 EXAMPLES = 3  # the first sentences of the file
 OWN_NAMES = ["localhost", "127.0.0.1"]
-SCORES = ["mean of both", "bi-encoder", "cross-encoder"]
+SCORES = {"mean": "mean of both", "bi": "bi-encoder", "cross": "cross-encoder"}
 
 
 def parse() -> argparse.Namespace:
@@ -34,15 +35,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a finished run of run_transencoder.sh")
     parser.add_argument("sentences", type=Path, help="text file to search in, a sentence on each line")
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0 (default: this machine alone)")
-    parser.add_argument("--start", help="bi-encoder to compare with (default: what step 1 of the run made)")
+    parser.add_argument("--start", help="bi-encoder to compare with (default: what the run began with)")
     arguments = parser.parse_args()
-    starts = sorted((arguments.run / "contrastive").glob("*"))
-    arguments.start = arguments.start or next(map(str, starts), None)
     best, last = arguments.run / "best", arguments.run / "last"  # last/ is where nothing was measured
     arguments.models = best if best.is_dir() or not last.is_dir() else last
-    for path in (arguments.models / "bi-encoder", arguments.models / "cross-encoder", arguments.sentences):
+    summary = arguments.run / "results.json"
+    for path in (summary, arguments.models / "bi-encoder", arguments.models / "cross-encoder", arguments.sentences):
         if not path.exists():
             parser.error(f"{path}: no such file or folder")
+    measured = json.loads(summary.read_text(encoding="utf-8"))
+    arguments.start = arguments.start or next(
+        (each["path"] for each in measured["encoders"] if not each["cycle"]), None
+    )
+    arguments.rank_by = (measured["search"] or {"rank_by": "mean"})["rank_by"]
     return arguments
 
 
@@ -71,31 +76,35 @@ def scorer(
         check_length(first, second)
         before = [["start", round(cosine(start, first, second), 3)]] if start else []
         scores = together([cosine(bi_encoder, first, second)], cross_encoder, [(first, second)])[0]
-        mean, *each = map(list, zip(SCORES, scores, strict=True))
+        mean, *each = map(list, zip(SCORES.values(), scores, strict=True))
         return [*before, *each, mean]
 
     return score
 
 
 def searcher(
-    sentences: list[str], vectors: torch.Tensor, bi_encoder: SentenceTransformer, cross_encoder: CrossEncoder
+    sentences: list[str], vectors: torch.Tensor, bi_encoder: SentenceTransformer, cross_encoder: CrossEncoder, by: str
 ) -> Callable[[str, int], list[list]]:
-    """Return a function of a query and a number that makes the rows of a table: sentence, mean, both scores."""
+    """Return a function of a query and a number that makes the rows of a table: sentence, `SCORES`; by one of them."""
+    column = 1 + list(SCORES).index(by)
 
     def search(query: str, k: int) -> list[list]:
         check_length(query)
         (hits,) = util.semantic_search(bi_encoder.encode(query, convert_to_tensor=True), vectors, top_k=CANDIDATES)
         texts = [sentences[hit["corpus_id"]] for hit in hits]
         scores = together([hit["score"] for hit in hits], cross_encoder, [(query, text) for text in texts])
-        return sorted(([text, *row] for text, row in zip(texts, scores, strict=True)), key=lambda row: -row[1])[:k]
+        return sorted(([text, *row] for text, row in zip(texts, scores, strict=True)), key=lambda row: -row[column])[
+            :k
+        ]
 
     return search
 
 
 def duplicate_finder(
-    counts: Counter[str], vectors: torch.Tensor, cross_encoder: CrossEncoder
+    counts: Counter[str], vectors: torch.Tensor, cross_encoder: CrossEncoder, by: str
 ) -> Callable[[float], list[list]]:
-    """Return a function of the lowest score that makes the rows of a table: two sentences, mean of both scores."""
+    """Return a function of the lowest score that makes the rows of a table: two sentences, one of `SCORES`."""
+    column = list(SCORES).index(by)
     sentences = list(counts)
     repeats = [[text, f"(the same, {n} times)", 1.0] for text, n in counts.items() if n > 1]
 
@@ -104,7 +113,7 @@ def duplicate_finder(
         found = util.paraphrase_mining_embeddings(vectors, max_pairs=CANDIDATES, top_k=10)[:CANDIDATES]
         pairs = [(sentences[i], sentences[j]) for _, i, j in found]
         scores = together([cosine for cosine, _, _ in found], cross_encoder, pairs) if pairs else []
-        rows = [[*pair, mean] for pair, (mean, _, _) in zip(pairs, scores, strict=True)]
+        rows = [[*pair, row[column]] for pair, row in zip(pairs, scores, strict=True)]
         return repeats + sorted(rows, key=lambda row: -row[2])
 
     return lambda lowest: [row for row in nearest() if row[2] >= lowest]
@@ -118,7 +127,8 @@ def main() -> None:
     cross_encoder = CrossEncoder(str(arguments.models / "cross-encoder"))
     start = SentenceTransformer(arguments.start) if arguments.start else None
     vectors = bi_encoder.encode(list(counts), convert_to_tensor=True, show_progress_bar=True)
-    search = searcher(list(counts), vectors, bi_encoder, cross_encoder)
+    search = searcher(list(counts), vectors, bi_encoder, cross_encoder, arguments.rank_by)
+    by = SCORES[arguments.rank_by]
     first = [text for text in counts if len(text) <= MOST_CHARACTERS][:EXAMPLES]
     near = [[text, row[0]] for text in first for row in search(text, 2) if row[0] != text]  # it finds itself, too
     interface = functools.partial(gr.Interface, flagging_mode="never")
@@ -135,14 +145,18 @@ def main() -> None:
         "Search": interface(
             search,
             [sentence(label="Query"), gr.Slider(1, CANDIDATES, 10, step=1, label="Results")],
-            table(headers=["sentence", *SCORES], column_widths=["49%", "17%", "17%", "17%"]),
+            table(
+                label=f"Results, by {by}",
+                headers=["sentence", *SCORES.values()],
+                column_widths=["49%", "17%", "17%", "17%"],
+            ),
             examples=[[text, 10] for text in first] or None,
             api_name="search",
         ),
         "Duplicates": interface(
-            duplicate_finder(counts, vectors, cross_encoder),
-            gr.Slider(0, 1, 0.8, label="Mean of both, at least"),
-            table(headers=["first", "second", SCORES[0]], column_widths=["42%", "42%", "16%"]),
+            duplicate_finder(counts, vectors, cross_encoder, arguments.rank_by),
+            gr.Slider(0, 1, 0.8, label=f"{by.capitalize()}, at least"),
+            table(headers=["first", "second", by], column_widths=["42%", "42%", "16%"]),
             api_name="duplicates",
         ),
     }

@@ -1,5 +1,6 @@
 """examples/demo.py: asked over its own server, it gives the scores of the stages."""
 
+import json
 import os
 import runpy
 import sys
@@ -24,12 +25,12 @@ DEMO = ROOT / "examples" / "demo.py"
 def run(bi_encoder, tiny_bert, tmp_path_factory):
     """What a finished run leaves for the demo."""
     folder = tmp_path_factory.mktemp("run")
-    for name in ("contrastive", "best"):
-        (folder / name).mkdir()
+    (folder / "best").mkdir()
     save_telling_encoders(folder / "best", tiny_bert)
     for kind in ("bi", "cross"):
         (folder / "best" / kind).rename(folder / "best" / f"{kind}-encoder")
-    (folder / "contrastive" / "tiny").symlink_to(bi_encoder)
+    encoders = [{"cycle": 0, "path": str(bi_encoder)}, {"cycle": 1, "path": "cycle-1"}]
+    (folder / "results.json").write_text(json.dumps({"encoders": encoders, "search": {"rank_by": "bi"}}))
     return folder
 
 
@@ -55,13 +56,13 @@ def client(run, tmp_path, monkeypatch):
     pages[0].close()
 
 
-def test_scores_are_those_of_the_stages_and_a_sentence_is_found(client, run, tmp_path):
+def test_scores_are_those_of_the_stages_and_a_sentence_is_found(client, run, bi_encoder, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     first, second = "how do i pay my order", "cancel the plan"
     (tmp_path / "pairs.txt").write_text(f"{first}||{second}\n{second}||{second}\n")
     pairs, accelerator = read_pairs([str(tmp_path / "pairs.txt")]), Accelerator(cpu=True)
     rows = dict(client.predict(first, second, api_name="/score")["data"])
-    folders = {"start": run / "contrastive" / "tiny"}
+    folders = {"start": bi_encoder}
     folders |= {f"{kind}-encoder": run / "best" / f"{kind}-encoder" for kind in ("bi", "cross")}
     for name, folder in folders.items():
         (scores,) = Teachers([str(folder)], both_orders=True).score([pairs], Inference(accelerator))
@@ -72,16 +73,18 @@ def test_scores_are_those_of_the_stages_and_a_sentence_is_found(client, run, tmp
     assert len(found) == 7
     (itself,) = [row for row in client.predict("where is my parcel", 50, api_name="/search")["data"] if row[2] == 1]
     assert itself[0] == "where is my parcel"
-    assert [row[1] for row in found] == sorted((row[1] for row in found), reverse=True)
+    cosines = [row[2] for row in found]
+    assert cosines == sorted(cosines, reverse=True)  # results.json says so
 
 
 def test_duplicates_are_exact_repeats_and_then_the_nearest_pairs(client):
     rows = client.predict(0, api_name="/duplicates")["data"]
     assert rows[0] == ["where is my parcel", "(the same, 2 times)", 1]
     assert len(rows) > 10 and all(first != second for first, second, *_ in rows)
-    means = [row[2] for row in rows[1:]]
-    assert means == sorted(means, reverse=True)
-    assert client.predict(means[5], api_name="/duplicates")["data"] == [row for row in rows if row[2] >= means[5]]
+    cosines = [row[2] for row in rows[1:]]
+    assert cosines == sorted(cosines, reverse=True)
+    some = client.predict(cosines[5], api_name="/duplicates")["data"]
+    assert some == [row for row in rows if row[2] >= cosines[5]]
 
 
 def test_examples_are_sentences_of_the_file(client, tmp_path):
@@ -110,6 +113,7 @@ def test_long_texts_uploads_other_hosts_and_monitoring_are_refused(client):
 
 def test_the_last_models_are_taken_where_nothing_was_measured(run, tmp_path, monkeypatch):
     (tmp_path / "last").symlink_to(run / "best")
+    (tmp_path / "results.json").write_text('{"encoders": [], "search": null}')
     monkeypatch.setattr(sys, "argv", [str(DEMO), str(tmp_path), str(DEMO)])
     assert runpy.run_path(str(DEMO))["parse"]().models == tmp_path / "last"
 
