@@ -54,6 +54,7 @@ def test_time_and_disk_by_hand(monkeypatch):
     monkeypatch.setattr(estimate, "_lengths", lambda name, columns: 0 * estimate.np.ones(9) + 10)
     monkeypatch.setattr(estimate, "prompts_of", lambda *_: (None, None))
     monkeypatch.setattr(estimate, "cpu_cores", lambda: 1)
+    monkeypatch.setattr(estimate, "cpu_computes_bf16", lambda: False)
 
     def options(**changes):
         same = dict(num_epochs=1, total_batch_size=10, max_steps=None, max_length=32, checkpoints_total_limit=2)
@@ -74,6 +75,9 @@ def test_time_and_disk_by_hand(monkeypatch):
     time, disk = estimate.describe(plan, inputs, 1)[-3:-1]
     assert time.startswith("Time, very rough: 100 days on 1 CPU core, 1 hour on a GPU (at 20 GFLOP/s a core")
     assert disk.startswith("Disk, rough: 9000 GB, for 5 models")
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate, "cpu_computes_bf16", lambda: True)
+        assert "30 days on 1 CPU core" in estimate.describe(plan, inputs, 1)[-3]  # 35, at 6e10
     trained["distill_cross2bi"] = (options(num_epochs=2, max_steps=1), 2000)
     # In step 3 only 2 * 20 * (6 * 10 + 2 * 2000) = 1.6e5, so 8.4e16 together: 49 days.
     assert "50 days on 1 CPU core" in estimate.describe(plan, inputs, 1)[-3]

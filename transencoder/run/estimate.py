@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoTokenizer
 from transencoder.data.tables import PAIRS, sample, sides, without_repeats
 from transencoder.model_files import model_options, prompts_of, read_config, read_modules, root_of
 from transencoder.run.plan import Plan
-from transencoder.runtime.backends import cpu_cores
+from transencoder.runtime.backends import cpu_computes_bf16, cpu_cores
 
 SAMPLED = 2000  # sentences, or pairs, that are tokenized
-CORE, GPU = 2e10, 5e13  # operations a second that are taken for granted
+CORE, BF16_CORE, GPU = 2e10, 6e10, 5e13  # operations a second that are taken for granted
 STEP = 0.01  # seconds that a training step takes however small the model
 FORWARD, TRAINED = 2, 6  # operations for each parameter and token
 UNITS = ((1440, "day"), (60, "hour"), (1, "minute"))
@@ -68,9 +68,9 @@ def describe(plan: Plan, inputs: Inputs, seeds: int) -> list[str]:
             work += times * weights * tokens * (TRAINED * seen + FORWARD * labelled)
             steps, models, disk = steps + times * seen / batch, models + times, disk + times * BYTES * size
             largest = max(largest, arguments.checkpoints_total_limit * STATES * BYTES * size)
-    cores = cpu_cores()
-    cpu, gpu = (_duration(seeds * (work / speed + steps * STEP)) for speed in (cores * CORE, GPU))
-    rates = f"at {CORE / 1e9:.0f} GFLOP/s a core, and {GPU / 1e12:.0f} TFLOP/s"
+    cores, core = cpu_cores(), BF16_CORE if cpu_computes_bf16() else CORE
+    cpu, gpu = (_duration(seeds * (work / speed + steps * STEP)) for speed in (cores * core, GPU))
+    rates = f"at {core / 1e9:.0f} GFLOP/s a core, and {GPU / 1e12:.0f} TFLOP/s"
     lines.append(f"Time, very rough: {cpu} on {cores} CPU core{'s' * (cores > 1)}, {gpu} on a GPU ({rates})")
     size = _one_digit((seeds * disk + largest) / 1e9)
     lines.append(f"Disk, rough: {size} GB, for {seeds * models} models, and checkpoints while one is trained")

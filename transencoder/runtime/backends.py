@@ -148,9 +148,13 @@ def choose_precision(choice: str) -> str:
         return launcher
     if not without_gpu():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # bf16 is emulated, and slow, on a CPU without these instructions.
+    return "bf16" if cpu_computes_bf16() else "no"
+
+
+def cpu_computes_bf16() -> bool:
+    """Return whether the CPU has instructions for bf16; without them it is emulated, and slow."""
     capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _is_set(variable: str) -> bool:
