@@ -138,7 +138,7 @@ def table(query: str, hits: list[Hit], milliseconds: dict[str, float]) -> str:
 
 
 def report_recall(searcher: Searcher, pairs: "Dataset", top_k: int) -> None:
-    """Print the mean share of each sentence's partners among its first results, retrieved and re-ranked."""
+    """Print the mean share of each sentence's partners among its first results, also re-ranked where that is done."""
     relevant = partners(pairs)
     if not relevant:
         raise InputError("--relevant: no pair has label 1")
@@ -153,8 +153,9 @@ def report_recall(searcher: Searcher, pairs: "Dataset", top_k: int) -> None:
         values.append([recall(hits, others, query, top_k) for hits in (retrieved, reranked)])
         bar.update()
     bar.close()
-    means = [100 * sum(column) / len(column) for column in zip(*values, strict=True)]
-    print(f"recall@{top_k} of {len(values)} queries: retrieved {means[0]:.2f}, re-ranked {means[1]:.2f}")
+    retrieved, reranked = (100 * sum(column) / len(column) for column in zip(*values, strict=True))
+    more = f", re-ranked {reranked:.2f}" if searcher.cross_encoder else ""
+    print(f"recall@{top_k} of {len(values)} queries: {retrieved:.2f}{more}")
 
 
 @one_line_errors
