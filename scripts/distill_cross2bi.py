@@ -38,8 +38,8 @@ def main(words: list[str] | None = None) -> None:
     labels, held_out = pairs.labels(stage.inference)
     encoder = load_bi_encoder(arguments.model_name_or_path, stage.options, arguments.dropout)
     encoder.compare_by_cosine()
-    rows = SentencePairs(labels, encoder, arguments.max_length, together=arguments.loss == "listwise")
     share, above = arguments.contrastive_share, arguments.contrastive_above
+    rows = SentencePairs(labels, encoder, arguments.max_length, arguments.loss == "listwise", known=share > 0)
     loss_of = CosineLoss(arguments.loss, arguments.temperature, share, above)
     encoder.head = loss_of.head()
 

@@ -319,6 +319,9 @@ def test_contrastive_counts_the_pairs_above_and_no_pair_that_shares_a_sentence()
         assert loss.item() == pytest.approx(expected, abs=1e-5)
     for sides in ({"anchors": apart * 0, "others": apart}, {"anchors": apart, "others": apart * 0}):
         assert contrastive(FIRST, SECOND, scores, 0.5, 0.0, **sides).item() == 0
+    # The second pair's second sentence is the first pair's first one: it is left with itself, the other as it was.
+    loss = contrastive(FIRST, SECOND, scores, 0.5, 0.0, anchors=apart, others=torch.tensor([2, 0]))
+    assert loss.item() == pytest.approx(0.183901 / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", BI_LOSSES)

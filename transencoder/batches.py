@@ -51,10 +51,18 @@ class SentencePairs(Dataset):
         table: columns sentence1, sentence2 and score.
         max_length: most tokens of a sentence.
         together: pairs with the same first sentence come in one batch.
+        known: whether the loss asks which sentences are the same.
     """
 
-    def __init__(self, table: datasets.Dataset, encoder: BiEncoder, max_length: int, together: bool = False):
-        if together or len(table) <= tokens.TOKENIZED_ROWS:
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        encoder: BiEncoder,
+        max_length: int,
+        together: bool = False,
+        known: bool = False,
+    ):
+        if together or known or len(table) <= tokens.TOKENIZED_ROWS:
             sentences, (self.first, self.second) = unique_sentences(table)
         else:  # what is not tokenized beforehand need not be looked at twice either
             sentences = datasets.concatenate_datasets(sides(table))

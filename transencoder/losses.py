@@ -329,13 +329,15 @@ def contrastive(
         first, second: float [n, d], embeddings of the two sentences of n pairs.
         scores: float [n].
         above: a pair counts whose score is higher.
-        anchors, others: int [n], which sentences they are: a pair that shares one with another is no candidate there.
+        anchors, others: int [n], which sentences they are, of both sides together: a second sentence is no candidate
+            for a pair that has it, too, or shares a first one with its own pair.
     Returns:
         Scalar, the mean over these pairs; 0 where there is none.
     """
     first, second = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
     own = torch.eye(len(first), dtype=torch.bool, device=first.device)
-    shared = ((anchors[:, None] == anchors) | (others[:, None] == others)) & ~own
+    shared = (anchors[:, None] == anchors) | (others[:, None] == others) | (anchors[:, None] == others)
+    shared &= ~own
     cosines = (first @ second.T).masked_fill(shared, -torch.inf)
     terms = -(cosines / temperature).log_softmax(dim=-1).diagonal()
     alike = scores > above

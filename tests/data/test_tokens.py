@@ -363,6 +363,14 @@ def test_lengths_of_what_is_not_tokenised_yet_are_bytes_of_text(bi, cross, monke
     assert SentencePairs(pairs_table(rows), bi, 16).lengths.tolist() == [4, 1]
 
 
+def test_equal_sentences_are_known_where_the_loss_asks_for_them_however_many_pairs_there_are(bi, monkeypatch):
+    monkeypatch.setattr(data, "TOKENIZED_ROWS", 1)
+    texts = [("a", "b"), ("a", "c"), ("c", "b")]
+    table = pairs_table([{"sentence1": one, "sentence2": other, "score": 0.5} for one, other in texts])
+    batch = SentencePairs(table, bi, 16, known=True).__getitems__([0, 1, 2])
+    assert [batch["anchors"].tolist(), batch["others"].tolist()] == [[0, 0, 2], [1, 2, 1]]
+
+
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123"  # 30 different characters
 
 
