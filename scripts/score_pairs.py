@@ -29,7 +29,7 @@ def main(words: list[str] | None = None) -> None:
     ordered = is_ordered(arguments.pairs, arguments.extra_pairs)
     stage.start("scores", **({"ordered": True} if ordered else {}))
 
-    check_encoders(arguments.encoders, stage.options)
+    check_encoders(arguments.encoders, stage.options, arguments.averages(arguments.encoders))
     pairs = read_pool(arguments, arguments.drop_duplicates)
     stage.log(f"{len(pairs)} pairs")
 

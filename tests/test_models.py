@@ -31,7 +31,7 @@ from transencoder.encoders import load_bi_encoder, load_cross_encoder_start, loa
 from transencoder.errors import InputError
 from transencoder.inference import Inference
 from transencoder.model_checks import check_bi_encoder, check_cross_encoder_start, check_encoders, inspect_encoder
-from transencoder.model_files import ModelOptions, label_of
+from transencoder.model_files import ModelOptions, has_bounds, label_of
 from transencoder.scoring import Teachers, score_texts
 
 FIRST = ["how do i change my password", "cancel my plan", "is the parcel late", "Refund my ORDER", "pay"]
@@ -215,9 +215,15 @@ def test_a_classifier_with_one_label(activation, telling_bert, tmp_path):
     assert np.ptp(expected) > 0.01
     assert np.allclose(ours(folder), expected, atol=1e-4)
     encoder = load_encoder(str(folder))
-    assert encoder.is_bounded == (activation == "Sigmoid")
+    assert encoder.is_bounded == has_bounds(str(folder)) == (activation == "Sigmoid")
     encoder.save_pretrained(tmp_path / "again")
     assert np.allclose(CrossEncoder(str(tmp_path / "again")).predict(list(zip(FIRST, SECOND, strict=True))), expected)
+    name = f"torch.nn.modules.{'linear' if activation == 'Identity' else 'activation'}.{activation}"
+    (folder / "config_sentence_transformers.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for older in ({"sentence_transformers": {"activation_fn": name}}, {"sbert_ce_default_activation_function": name}):
+        (folder / "config.json").write_text(json.dumps(config | older))
+        assert load_encoder(str(folder)).is_bounded == has_bounds(str(folder)) == (activation == "Sigmoid")
 
 
 def test_a_label_of_several_is_named_and_its_probability_is_the_score(telling_bert, tmp_path):

@@ -1,6 +1,7 @@
 """Teachers of every kind: encoders, files of other tools' scores, shared strings; and their mean."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import random_pairs, save_telling_encoders, write_jsonl
+from conftest import random_pairs, random_sentences, save_telling_encoders, write_jsonl
 
 from transencoder.config.options import HubTarget
 from transencoder.config.parsing import parse_stage
@@ -314,6 +315,35 @@ def test_teachers_that_do_not_go_with_the_pairs_are_refused_before_any_work(
     result = run_script("plan_run.py", "--recipe", path, "--output_dir", tmp_path / "run")
     assert result.returncode == 2 and expected in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_without_bounds_want_a_scale_before_any_work(encoders, tiny_bert, tmp_path, run_script):
+    reranker, config = tmp_path / "reranker", "config_sentence_transformers.json"
+    shutil.copytree(encoders[1], reranker)
+    said = json.loads((reranker / config).read_text()) | {"activation_fn": "torch.nn.modules.linear.Identity"}
+    (reranker / config).write_text(json.dumps(said))
+    rows = [{**row, "score": place} for place, row in enumerate(random_pairs(24))]
+    pairs, output = write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path / "scores.parquet"
+    words, scale = ["--pairs", pairs, "--output", output, "--encoders", reranker], ["--teacher_scale", "rank"]
+    refused, more = f"{reranker}: its scores are dot products or logits", "--teacher_scale rank or standard puts all"
+    result = run_script("score_pairs.py", *words, encoders[0])
+    assert result.returncode == 2 and refused in result.stderr and more in result.stderr
+    assert run_script("score_pairs.py", *words, encoders[0], *scale).returncode == 0
+    assert run_script("score_pairs.py", *words, "--overwrite").returncode == 0  # alone it has its own scale
+
+    path = tmp_path / "recipe.yaml"
+    for teacher, expected in (
+        ({"model": str(reranker)}, refused),
+        ({"scores": str(pairs)}, "row 3: score 2.0 is not"),
+    ):
+        recipe = recipe_with([teacher], encoders, tiny_bert, pairs)
+        del recipe["run_transencoder"]["pairs"], recipe["score_pairs"]["teacher_scale"]  # mined later
+        sentences = tmp_path / "sentences.txt"
+        sentences.write_text("\n".join(random_sentences(40)))
+        recipe["run_transencoder"]["sentences"] = str(sentences)
+        path.write_text(yaml.safe_dump(recipe))
+        result = run_script("plan_run.py", "--recipe", path, "--output_dir", tmp_path / "run")
+        assert result.returncode == 2 and expected in result.stderr and more in result.stderr
 
 
 def test_a_bi_encoder_can_compare_neighbourhoods(tmp_path, pairs, tiny_bert):

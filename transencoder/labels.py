@@ -19,7 +19,7 @@ from transencoder.data.tasks import Task
 from transencoder.errors import InputError
 from transencoder.inference import Inference
 from transencoder.losses import ranks
-from transencoder.model_checks import check_encoders
+from transencoder.model_checks import ONE_SCALE, check_encoders
 from transencoder.model_files import model_options
 from transencoder.runtime.accelerator import log
 from transencoder.runtime.records import HUB_COMMITS, code_version, identity
@@ -113,7 +113,7 @@ def read_label_pairs(arguments: LabelArguments, dev: Task | None = None) -> data
         InputError: also for a score outside [-1, 1], neither a cosine nor a probability, and for the labels of `dev`.
     """
     if arguments.teachers:
-        check_encoders(arguments.teachers, model_options(arguments))
+        check_encoders(arguments.teachers, model_options(arguments), arguments.averages(arguments.teachers))
         return read_pool(arguments, drop_duplicates=True)
     (path,) = arguments.scores
     pairs = read_pairs([path], _label_columns(arguments), arguments)
@@ -177,7 +177,7 @@ def _scores_in(
     """
     scored = read_pairs([path], "score", arguments)
     if arguments.teacher_scale == "none":
-        check_range(path, scored, "beside other teachers, --teacher_scale rank or standard puts all on one scale")
+        check_range(path, scored, ONE_SCALE)
     check_no_labels(path, scored, dev)
     known = pd.Series(numbers(scored, "score")).groupby(_keys(scored, ordered)).mean()
     found = known.reindex(_keys(pairs, ordered)).to_numpy()

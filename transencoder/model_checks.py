@@ -25,6 +25,7 @@ from transencoder.model_files import (
     NO_OPTIONS,
     Kind,
     ModelOptions,
+    has_bounds,
     has_one_score,
     label_of,
     prompts_of,
@@ -38,6 +39,7 @@ from transencoder.runtime.records import RUN_FILE
 
 # The vocabulary of a tokenizer, in one of the forms that it comes in; tokenizer_config.json alone is not one.
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+ONE_SCALE = "beside other teachers, --teacher_scale rank or standard puts all on one scale"
 HALF_TO_DOUBLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -247,13 +249,19 @@ def check_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS) -> None:
     check_tokenizer(name)
 
 
-def check_encoders(names: list[str], options: ModelOptions = NO_OPTIONS) -> None:
-    """Refuse, before any weights are loaded, what cannot score pairs."""
+def check_encoders(names: list[str], options: ModelOptions = NO_OPTIONS, averaged: bool = False) -> None:
+    """Refuse, before any weights are loaded, what cannot score pairs.
+
+    Args:
+        averaged: the scores count in a mean as they are, and so must all be on one scale.
+    """
     for name in names:
         if inspect_encoder(name) == "cross":
             check_cross_encoder(name, "", options)
         else:
             check_bi_encoder(name, options)
+        if averaged and not has_bounds(name):
+            raise InputError(f"{name}: its scores are dot products or logits, not in [-1, 1]; {ONE_SCALE}")
 
 
 def check_language_model(name: str) -> None:

@@ -156,6 +156,18 @@ def label_of(name: str, label: str | None) -> int | None:
     raise InputError(f"--label {label}: {name} has the labels {', '.join(names)}")
 
 
+def has_bounds(name: str) -> bool:
+    """Return whether an encoder's scores are cosines or probabilities, not dot products or logits."""
+    own, config = read_model_file(name, "config_sentence_transformers.json"), read_config(name)
+    own = own if isinstance(own, dict) else {}
+    # Where versions 6, 4 and 2 of sentence-transformers have the activation; by default it is the sigmoid.
+    within = getattr(config, "sentence_transformers", None) or {}
+    oldest = getattr(config, "sbert_ce_default_activation_function", None)
+    activation = own.get("activation_fn") or within.get("activation_fn") or oldest or "Sigmoid"
+    is_probability = not has_one_score(name) or activation.endswith("Sigmoid")
+    return is_probability and own.get("similarity_fn_name") in (None, "cosine")
+
+
 def prompts_of(name: str, options: ModelOptions) -> tuple[str | None, str | None]:
     """Return the prompts of both sentences of a pair: as asked for, else the model's default; None for none.
 

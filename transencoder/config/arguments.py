@@ -225,6 +225,11 @@ class TeacherArguments(EncoderArguments):
         limits=(0, 1000),
     )
 
+    def averages(self, encoders: list[str]) -> bool:
+        """Return whether the scores of `encoders`, or theirs and others, are averaged as they are."""
+        several = len(encoders) + len(self.scores or []) + bool(self.lexical_weight) > 1
+        return several and self.teacher_scale == "none"
+
     def check_weights(self, encoders: list[str] | None) -> None:
         """Raise `InputError` unless there is a positive weight for each teacher."""
         weights, teachers = self.teacher_weights, len(encoders or []) + len(self.scores or [])

@@ -6,7 +6,6 @@ from typing import Any
 import datasets
 
 from transencoder.config.arguments import LabelArguments, ScoringArguments
-from transencoder.config.options import Reading
 from transencoder.config.parsing import parse_stage
 from transencoder.config.recipes import DRIVER, as_options
 from transencoder.config.stages import STAGES
@@ -15,6 +14,7 @@ from transencoder.data.tables import PAIRS, join_sentences, read_pairs, without_
 from transencoder.data.tasks import Task, load_task
 from transencoder.errors import InputError
 from transencoder.model_checks import (
+    ONE_SCALE,
     check_bi_encoder,
     check_cross_encoder_start,
     check_encoders,
@@ -64,13 +64,23 @@ def check_inputs(plan: Plan, recipe_path: str) -> Inputs:
     return Inputs(parts, given, pairs, titles, trained)
 
 
-def _check_teachers(plan: Plan, options: ModelOptions, reading: Reading) -> None:
-    """Refuse teachers that cannot score pairs."""
+def _check_teachers(plan: Plan, options: ModelOptions, labelling: ScoringArguments) -> None:
+    """Refuse teachers that cannot score pairs, or not on the scale of the others."""
+    starts = [student.bi_encoder for student in plan.students if student.bi_encoder]
+    models = [teacher.model for teacher in plan.teachers if teacher.model]
+    averaged = labelling.averages([*labelling.encoders, *models])
+    check_encoders(starts, options, averaged)
     for teacher in plan.teachers:
         if teacher.model:
-            check_encoders([teacher.model], dataclasses.replace(options, label=teacher.label or options.label))
-        else:
-            read_pairs([teacher.scores], "score", reading)
+            label = teacher.label or options.label
+            check_encoders([teacher.model], dataclasses.replace(options, label=label), averaged)
+    if labelling.scores:
+        from transencoder.labels import check_range  # its import takes seconds
+
+        for path in labelling.scores:
+            scored = read_pairs([path], "score", labelling)
+            if averaged:
+                check_range(path, scored, ONE_SCALE)
 
 
 def _check_apart(dev: Task | None, tasks: list[Task], recipe_path: str) -> None:
