@@ -84,9 +84,8 @@ def main() -> None:
     if len(runs) == 1:
         return write_summary(runs[0], collected[0], arguments.tasks)
     table, notes, made = table_of(collected)
-    verdicts = []
-    if collected[0][0].values:
-        verdicts = [f"{run.name}: {judge(run, rounds).line}" for run, rounds in zip(runs, collected, strict=True)]
+    lines = [verdict_of(run, rounds, arguments.tasks).line for run, rounds in zip(runs, collected, strict=True)]
+    verdicts = [f"{run.name}: {line}" for run, line in zip(runs, lines, strict=True)]
     print("\n".join([table, *verdicts]))
     if arguments.output:
         names = ", ".join(run.name for run in runs)

@@ -188,6 +188,19 @@ def test_without_a_test_set_the_verdict_is_on_dev_and_says_so(measured):
     assert line.endswith(") on mine.dev (dev, on which the best was chosen: there is no test set)")
 
 
+def test_a_worse_end_says_what_to_keep(measured):
+    task = load_task(f"mine={measured.parent / 'm.jsonl'}")
+    dev = load_task(f"mine.dev={measured.parent / 'm.dev.jsonl'}")
+    turned = [[1.0 - np.array(task.pairs["label"]), np.array(dev.pairs["label"])] for _ in range(2)]
+    names = [str(measured / f"cycle-1/{kind}-encoder/one") for kind in ("cross", "bi")]
+    write_measured(Layout(measured).cycle(1), names, [task, dev], turned)
+    found = judge(measured, collect_rounds(measured))
+    assert found.line.startswith("VERDICT worse: bi-encoder -")
+    assert found.notes[0] == (
+        f"Keep the start, {measured / 'contrastive/one'}: the end is worse, and published only by --push_worse"
+    )
+
+
 def test_runs_of_several_seeds_each_have_their_verdict(measured, run_script, tmp_path):
     shutil.copytree(measured, tmp_path / "other")
     result = run_script("summarize_run.py", measured, tmp_path / "other", "--output", tmp_path / "table.md")
@@ -230,7 +243,7 @@ def unlabelled(tiny_bert, corpus, tmp_path):
 
 
 def test_without_labels_the_run_says_how_far_it_went_and_asks_for_the_labels_that_decide(
-    unlabelled, monkeypatch, run_script
+    unlabelled, monkeypatch, run_script, tmp_path
 ):
     monkeypatch.setattr("transencoder.run.summary.is_complete", lambda folder: True)
     result = run_script("summarize_run.py", unlabelled)
@@ -251,4 +264,16 @@ def test_without_labels_the_run_says_how_far_it_went_and_asks_for_the_labels_tha
     result = run_script("summarize_run.py", unlabelled, "--tasks", f"labelled={path}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith("VERDICT ") and ") on labelled" in result.stdout
-    assert run_script("summarize_run.py", unlabelled).returncode == 0 and path.read_text() == filled
+    line = result.stdout.splitlines()[-1]
+    result = run_script("summarize_run.py", unlabelled)  # as the driver does once more: the labels still count
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == line and path.read_text() == filled
+    assert json.loads((unlabelled / "results.json").read_text())["verdict"] == line
+    shutil.copytree(unlabelled, tmp_path / "other", symlinks=True)
+    result = run_script("summarize_run.py", unlabelled, tmp_path / "other")
+    assert f"run: {line}" in result.stdout and f"other: {line}" in result.stdout
+
+    path.write_text("\n".join([header, *(f"{row}1" for row in rows[:5]), *rows[5:]]) + "\n")  # somebody begins again
+    result = run_script("summarize_run.py", unlabelled)
+    assert result.returncode == 0 and result.stdout.splitlines()[-1].startswith("VERDICT unknown: there are no labels")
+    assert "No verdict yet: " in result.stderr and "every label is 1; AUC needs both labels" in result.stderr
+    assert path.read_text().count("\t1\n") == 5

@@ -27,6 +27,7 @@ from transencoder.model_files import model_options
 from transencoder.run.layout import Layout
 from transencoder.run.stages import read_stages
 from transencoder.run.summary import Round, best_round, dev_of, tests_of
+from transencoder.runtime.accelerator import log
 from transencoder.runtime.accelerator import start as start_accelerator
 from transencoder.runtime.files import write_text
 from transencoder.runtime.records import RESULTS_FILE
@@ -205,7 +206,7 @@ def judge(run: Path, rounds: list[Round]) -> Verdict:
         InputError: the scores of the pairs are damaged, or not those of the results.
     """
     dev, tests = dev_of(rounds), tests_of(rounds)
-    start, end = best_round([round_ for round_ in rounds if not round_.cycle], "bi"), best_round(rounds, "bi")
+    start, end = start_and_end(rounds)
     cross = best_round(rounds, "cross") if any(round_.kind == "cross" for round_ in rounds) else None
     compared = [start, end, *([cross] if cross else [])]
     missing = [path for round_ in compared if not (path := Layout(run).pair_scores(round_.cycle)).is_file()]
@@ -214,9 +215,9 @@ def judge(run: Path, rounds: list[Round]) -> Verdict:
         return Verdict("unknown", f"VERDICT unknown: there is no {missing[0]}; {again}")
     found = gains_over_first(read_scored(run, compared, tests or [dev]))
     gains = dict(zip(("bi", "cross"), found, strict=False))
-    verdict = Verdict(word_of(gains["bi"]), verdict_line(gains["bi"]), gains=gains)
-    verdict.line += "" if tests else " (dev, on which the best was chosen: there is no test set)"
-    verdict.line += "; the start stays the best" if end is start else ""
+    where = "" if tests else " (dev, on which the best was chosen: there is no test set)"
+    verdict = verdict_by(gains["bi"], start, end, where)
+    verdict.gains = gains
     if cross:
         below = word_of(gains["cross"]) == "worse"
         said = "WARNING: the cross-encoder is below its teacher, the start" if below else "Cross-encoder"
@@ -224,6 +225,21 @@ def judge(run: Path, rounds: list[Round]) -> Verdict:
         verdict.search = how_to_search(read_scored(run, [end, cross], [dev] if dev else tests))
         verdict.notes.append(f"Search: {verdict.search['why']}")
     return verdict
+
+
+def verdict_by(gains: list[Gain], start: Round, end: Round, where: str = "") -> Verdict:
+    """Return the verdict on the bi-encoder by its gains over the start. `where`: what is to be said of the set."""
+    verdict = Verdict(word_of(gains), verdict_line(gains) + where, gains={"bi": gains})
+    if end is start:
+        verdict.line += "; the start stays the best"
+    elif verdict.word == "worse":
+        verdict.notes.append(f"Keep the start, {start.path}: the end is worse, and published only by --push_worse")
+    return verdict
+
+
+def start_and_end(rounds: list[Round]) -> tuple[Round, Round]:
+    """Return the bi-encoders that a verdict compares: the best start, and the best or last one of all."""
+    return best_round([round_ for round_ in rounds if not round_.cycle], "bi"), best_round(rounds, "bi")
 
 
 def gain_over(run: Path, rounds: list[Round], start: Round, end: Round) -> list[Gain] | None:
@@ -298,8 +314,8 @@ def _read_one(path: Path, round_: Round) -> dict[str, dict[str, Any]]:
 def score_both(run: Path, rounds: list[Round], sets: list[Any], scoring: Any) -> list[np.ndarray]:
     """Return the scores of the first bi-encoder and of the last one for sets of pairs, float32 [2, pairs] each."""
     inference = Inference(start_accelerator(scoring), scoring.eval_batch_tokens)
-    names = [rounds[0].path, best_round(rounds, "bi").path]
-    scores = [Teachers([str(name)], options=model_options(scoring)).score(sets, inference) for name in names]
+    options = model_options(scoring)
+    scores = [Teachers([str(one.path)], options=options).score(sets, inference) for one in start_and_end(rounds)]
     return [np.stack(both) for both in zip(*scores, strict=True)]
 
 
@@ -320,11 +336,21 @@ def judge_on(run: Path, rounds: list[Round], specs: list[str]) -> Verdict:
         for task, own in zip(tasks, scores, strict=True)
     ]
     (gains,) = gains_over_first(sets)
-    return Verdict(word_of(gains), verdict_line(gains), gains={"bi": gains})
+    return verdict_by(gains, *start_and_end(rounds))
 
 
 def judge_unlabelled(run: Path, rounds: list[Round]) -> Verdict:
-    """Say how far start and end order the training pairs differently, and write the pairs that would decide it."""
+    """Return the verdict by what was labelled since the run; write the pairs that would decide it where that is none.
+
+    Until then it says how far start and end order the training pairs differently.
+    """
+    path = Layout(run).to_label
+    labelled = path.exists() and _has_labels(path)
+    if labelled:
+        try:
+            return judge_on(run, rounds, [f"labelled={path}"])
+        except InputError as error:  # somebody is at it
+            log(f"No verdict yet: {error}")
     pairs = read_pairs([str(Layout(run).scores(rounds[-1].cycle, "bi"))])
     chosen = np.random.default_rng(SEED).permutation(len(pairs))[:COMPARED_PAIRS]
     pairs = pairs.select(np.sort(chosen))
@@ -338,11 +364,11 @@ def judge_unlabelled(run: Path, rounds: list[Round]) -> Verdict:
         f"{100 * np.median(np.abs(moved)) / len(pairs):.1f} % of the list or more"
     )
     verdict = Verdict("unknown", line)
-    path, rows = Layout(run).to_label, draw_to_label(moved, [list(pairs[name]) for name in PAIRS])
+    rows = draw_to_label(moved, [list(pairs[name]) for name in PAIRS])
     if not len(rows):
         verdict.notes.append("No pair has another place than at the start: there is nothing to decide.")
         return verdict
-    if not path.exists() or not _has_labels(path):
+    if not labelled:
         lines = ["\t".join([*PAIRS, "label"])]
         lines += ["\t".join([*(pairs[int(row)][name] for name in PAIRS), ""]) for row in rows]
         write_text(path, "\n".join(lines) + "\n")
