@@ -69,8 +69,8 @@ def test_teachers_disagree_by_the_weighted_deviation_of_their_scores():
     mean.add(np.array([0.1, 0.2, 0.5]), 3.0)
     assert mean.disagreement() is None
     mean.add(np.array([0.5, np.nan, 0.5]), 1.0)
-    # The mean 0.2: sqrt((3 x 0.1^2 + 0.3^2) / 4); one teacher; equal scores
-    assert mean.disagreement() == pytest.approx([0.03**0.5, 0, 0], abs=1e-7)
+    # The mean 0.2: sqrt((3 x 0.1^2 + 0.3^2) / 4); one teacher, so the median of the others; equal scores
+    assert mean.disagreement() == pytest.approx([0.03**0.5, 0.03**0.5 / 2, 0], abs=1e-7)
     mean = Mean(4, "rank")
     mean.add(np.array([0.61, 0.6, 0.62, 0.63]), 1.0)
     mean.add(np.array([3.0, 1.0, 7.0, 5.0]), 1.0)

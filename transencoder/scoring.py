@@ -173,7 +173,7 @@ class Mean:
 
     def __init__(self, size: int, scale: str):
         self.scale, self.teachers = scale, 0
-        self.total, self.squares, self.weights = np.zeros(size), np.zeros(size), np.zeros(size)
+        self.total, self.squares, self.weights, self.number = (np.zeros(size) for _ in range(4))
 
     def add(self, scores: np.ndarray, weight: float) -> None:
         """Take a teacher in. `scores`: float [pairs], NaN for those that it has not scored."""
@@ -182,6 +182,7 @@ class Mean:
         self.total[there] += weight * scaled
         self.squares[there] += weight * scaled**2
         self.weights[there] += weight
+        self.number[there] += 1
         self.teachers += 1
 
     def scores(self) -> np.ndarray:
@@ -192,12 +193,14 @@ class Mean:
     def disagreement(self) -> np.ndarray | None:
         """Return the weighted standard deviation of a pair's scores on their scale, float32 [pairs].
 
-        A single score has 0. None where there is one teacher: both orders of a cross-encoder are two.
+        Of a single score nobody knows: it has the median of the others. None where there is one teacher: both orders
+        of a cross-encoder are two.
         """
         if self.teachers < 2:
             return None
-        variance = self.squares / self.weights - (self.total / self.weights) ** 2
-        return np.sqrt(variance.clip(0)).astype(np.float32)
+        found = np.sqrt((self.squares / self.weights - (self.total / self.weights) ** 2).clip(0))
+        several = self.number > 1
+        return np.where(several, found, np.median(found[several])).astype(np.float32)
 
 
 def score_texts(
