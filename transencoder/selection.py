@@ -47,7 +47,7 @@ def held_out_rows(rows: int, arguments: TrainingArguments) -> int:
         return 0
     held_out = arguments.num_held_out
     if 2 * held_out > rows:
-        raise InputError(f"--num_held_out {held_out}: more than half of the {rows} pairs")
+        raise InputError(f"--num_held_out {held_out}: more than half of the {rows} pairs; give less, or more pairs")
     return held_out
 
 

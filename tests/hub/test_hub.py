@@ -273,7 +273,8 @@ def test_main_stays_at_a_start_that_is_better_unless_the_worse_one_is_asked_for(
     assert push(run)
     bi, cross = server.repos["acme/tiny-bi"], server.repos["acme/tiny-cross"]
     assert list(bi.tags) == ["cycle-0", "cycle-1", "cycle-2"] and bi.at("main").files == bi.at("cycle-0").files
-    assert "`main` is at start, bi-encoder, as the others are worse." in bi.at("main").files["README.md"].decode()
+    text = bi.at("main").files["README.md"].decode()
+    assert "`main` is at start, bi-encoder, as cycle 2, bi-encoder, the latest, is worse." in text
     assert first_line(bi.at("cycle-1").files).startswith(
         "**This bi-encoder is better than the start**, the bi-encoder's tag `cycle-0`: +"
     )

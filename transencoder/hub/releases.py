@@ -94,7 +94,7 @@ def _repository(
         if start not in own:
             log(f"Not pushed to {name}: {line}; --push_worse pushes it all the same")
             return None
-        best, why = start, "as the others are worse"
+        best, why = start, f"as {best.step}, {why}, is worse"
     plot = layout.plot
     command = (
         f"hf download {name} {RECIPE_FILE} --local-dir .\n"
