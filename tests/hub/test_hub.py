@@ -347,6 +347,9 @@ def test_labels_that_came_after_the_run_are_known(server, run):
     assert push(run)
     bi = server.repos["acme/tiny-bi"]
     assert bi.at("main").files == bi.at("cycle-0").files
+    assert "VERDICT" not in first_line(bi.at("main").files)  # that is the start
+    assert first_line(bi.at("cycle-2").files) == "VERDICT worse: bi-encoder -3.00"
+    assert b"VERDICT" not in server.repos["acme/tiny-cross"].at("main").files["README.md"]
     assert push(run, dataclasses.replace(TARGET, push_worse=True))
     assert first_line(bi.at("main").files) == "VERDICT worse: bi-encoder -3.00"
 

@@ -84,11 +84,12 @@ def _repository(
     labelled = labelled_start([base, *filter(None, taught_by)]) or next(iter(given), None)
     start = next(r for r in rounds if r.cycle == 0 and r.student == student.name)
     best, dev = best_round(own, kind), dev_of(rounds)
+    end = best
     why = f"the best of them on `{dev}`" if dev else "the latest"
     layout = Layout(run)
     gains, told = gain_over(run, rounds, start, best), {}
-    if not plan.measures and layout.summary.is_file():
-        told = read_json(layout.summary)  # it may know of labels that came later
+    if not plan.measures and layout.summary.is_file() and kind == "bi" and student is plan.students[0]:
+        told = read_json(layout.summary)  # it may know of labels that came later, of this bi-encoder
     word, line = (word_of(gains), verdict_line(gains)) if gains else (told.get("word"), told.get("verdict", ""))
     if kind == "bi" and word == "worse" and not target.push_worse:
         if start not in own:
@@ -110,7 +111,7 @@ def _repository(
             base=first_model(base),
             labelled=labelled,
             verdict=verdict_in_words(gain_over(run, rounds, start, this), kind, called_start(student))
-            or (line if told and this is best else ""),
+            or (line if told and this is end else ""),
             command=command,
             recipe=recipe,
             results=this.entries,

@@ -6,6 +6,7 @@ draw. Without labels it says how far they differ, and draws the pairs whose labe
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -372,7 +373,7 @@ def judge_unlabelled(run: Path, rounds: list[Round]) -> Verdict:
         lines = ["\t".join([*PAIRS, "label"])]
         lines += ["\t".join([*(pairs[int(row)][name] for name in PAIRS), ""]) for row in rows]
         write_text(path, "\n".join(lines) + "\n")
-    command = f"python scripts/summarize_run.py {run} --tasks labelled={path}"
+    command = shlex.join(["python", "scripts/summarize_run.py", str(run), "--tasks", f"labelled={path}"])
     verdict.notes.append(f"To decide it, fill in the column label (1: same, 0: not) of {path}, then: {command}")
     return verdict
 
