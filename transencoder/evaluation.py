@@ -231,7 +231,7 @@ def results_table(results: list[dict[str, Any]], paper: str | None = None) -> st
 
 
 def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Return the entries of results.json as a table: a row for each encoder, a column for each task, and the mean.
+    """Return the entries of results.json as a table: a row for each encoder, a column for each task, their mean.
 
     Args:
         paper: setting of the paper's tables, whose row of the same kind follows each of ours (where there are single
@@ -241,7 +241,8 @@ def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tupl
     """
     shown = [entry for entry in results if entry["metric"] in PRIMARY]
     titles = list(dict.fromkeys(title(entry["task"], entry["split"]) for entry in shown))
-    averaged = have_a_mean(shown, titles)
+    tests = [title for title in titles if not title.endswith(".dev")]
+    averaged = have_a_mean(shown, tests)
     rows: dict[str, dict[str, float | None]] = {}
     fewest = min((len(entry["encoders"]) for entry in shown), default=0)
     kinds = {" + ".join(entry["encoders"]): entry["kind"] for entry in shown if len(entry["encoders"]) == fewest}
@@ -249,11 +250,11 @@ def result_rows(results: list[dict[str, Any]], paper: str | None = None) -> tupl
         rows.setdefault(" + ".join(entry["encoders"]), {})[title(entry["task"], entry["split"])] = entry["value"]
     body = []
     for name, values in rows.items():
-        known = [value for value in values.values() if value is not None]
+        known = [value for title, value in values.items() if title in tests and value is not None]
         body.append([name, *(shown_value(values.get(title)) for title in titles)])
         body[-1] += [shown_value(float(np.mean(known)) if known else None)] if averaged else []
-        body += paper_rows(row_of(paper, kinds[name]), titles, titles, averaged) if paper and name in kinds else []
-    return ["encoder", *titles, *(["mean"] if averaged else [])], body
+        body += paper_rows(row_of(paper, kinds[name]), titles, tests, averaged) if paper and name in kinds else []
+    return ["encoder", *titles, *(["mean of tests"] if averaged else [])], body
 
 
 def have_a_mean(entries: list[dict[str, Any]], tests: list[str]) -> bool:
