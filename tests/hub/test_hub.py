@@ -323,7 +323,7 @@ def test_where_a_start_was_made_here_no_label_went_into_it(server, run):
     assert "Made from `tiny-bert` without training labels" in text and "- unsupervised" in text
     assert "\nA bi-encoder learned the scores that its teachers give to pairs of sentences, as the cosine of" in text
     assert "**This bi-encoder is worse than the start: use `ready`**: -" in text
-    assert "Its weights are 0.75 x its start's and 0.25 x the trained ones, the mixture that was best on the" in text
+    assert "Weights: 0.75 x the start's + 0.25 x the trained ones, the mixture that was best on the" in text
 
 
 def test_a_teacher_from_outside_is_named_in_place_of_a_promise(server, run, bi_encoder, tmp_path):
@@ -653,7 +653,7 @@ def test_the_recipe_and_the_command_are_good_on_another_machine(server, run, tin
     assert published["teachers"] == [{"scores": "path/to/llm.csv"}, {"model": "path/to/gone"}]
     assert published["cycles"] == 2
     text = files["README.md"].decode()
-    assert "Where it says `path/to/...`, put a file or model of your own" in text and "(SHA-256 `{" not in text
+    assert "Replace each `path/to/...` with a file or model of your own" in text and "(SHA-256 `{" not in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "distil-base"
     stage = hub.stage_repository(run / "contrastive/one", TARGET).main.content
     assert "--model_name_or_path path/to/tiny-bert --sentences path/to/sentences.txt" in stage.command
@@ -671,6 +671,8 @@ def test_registered_tasks_are_named_as_the_hubs_data(run):
     assert result.dataset_type == "mteb/stsbenchmark-sts" and len(result.dataset_revision) == 40
     assert result.metric_value == 70.1235 and result.dataset_split == "test"
     assert card.eval_result(dict(entry, task="qqp", metric="auc")).metric_type == "roc_auc"
+    part = card.eval_result(dict(entry, n=200))  # it must not stand beside others' results on the whole set
+    assert part.dataset_type == "stsb" and part.dataset_revision is None
 
 
 # --- the scripts -----------------------------------------------------------------------------------------------------

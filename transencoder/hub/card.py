@@ -173,6 +173,8 @@ def card_data(
 def eval_result(entry: dict[str, Any]) -> EvalResult:
     """Return an entry of results.json in the form of the Hub's model-index."""
     source = TASKS.get(entry["task"])
+    if source and dict(source.rows).get(entry["split"]) not in (None, entry["n"]):
+        source = None  # a part of the set, or another sample, which must not stand among the results on the whole
     metric = METRICS[entry["metric"]]
     graded = metric.gold == "score"
     return EvalResult(
@@ -271,7 +273,7 @@ def making(content: CardContent, run: dict[str, Any], labels: dict[str, Any]) ->
         by = {"dev": ", the mixture that was best on the dev set"}
         by["agreement"] = ", the mixture that agreed most with the teachers"
         share, how = merged["share"], by.get(merged.get("by"), "")
-        lines.append(f"Its weights are {1 - share:g} x its start's and {share:g} x the trained ones{how}")
+        lines.append(f"Weights: {1 - share:g} x the start's + {share:g} x the trained ones{how}")
     return lines
 
 

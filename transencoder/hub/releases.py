@@ -161,8 +161,9 @@ def published_names(plan: Plan, target: HubTarget) -> dict[str, str]:
 def lineage(rounds: list[Round], this: Round, best: Round, why: str) -> str:
     """Return the run's table so far, and where in it a model stands."""
     place = f"This is *{this.step}*" + (f" of {this.student}" if len({r.student for r in rounds}) > 1 else "")
+    table = f"{summary_table([rounds])}\n" if rounds[0].values else ""
     return (
-        f'{summary_table([rounds])}\n{place}. Each cycle is a tag of the repository (`revision="cycle-1"`); `main` is '
+        f'{table}{place}. Each cycle is a tag of the repository (`revision="cycle-1"`); `main` is '
         f"at {best.step}, {why}.\n"
     )
 
@@ -170,7 +171,7 @@ def lineage(rounds: list[Round], this: Round, best: Round, why: str) -> str:
 def selection_note(rounds: list[Round]) -> str:
     """Say what the dev set was used for."""
     dev = dev_of(rounds)
-    return f"`{dev}` chose what was kept: its figures are no test results. " if dev else ""
+    return f"`{dev}` chose what was kept: its figures are not test results. " if dev else ""
 
 
 def transductive_note(run: Path, plan: Plan, recipe: dict[str, Any]) -> str:
