@@ -71,22 +71,26 @@ def main() -> None:
         print(printable(sweep(pairs, scores, sentences, arguments.seed)))
     if not groups and len(pairs):
         best = scores.argmax()
-        nearest = " and ".join(f"{text:.60}" for text in sentences[pairs[best]]["sentence"])
-        log(f"no pair reaches --threshold {arguments.threshold} (--sweep tries others); {scores[best]:.3f}: {nearest}")
+        nearest = " and ".join(f'"{text:.60}"' for text in sentences[pairs[best]]["sentence"])
+        log(
+            f"no pair reaches --threshold {arguments.threshold} (--sweep shows lower ones); the nearest has "
+            f"{scores[best]:.3f}: {nearest}"
+        )
     members = rows_of(places)
     repeats = repeated(members, groups)
     similar = [[(row, score) for one, score in group for row in members[one]] for group in groups]
     names = [*(["file"] if len(arguments.sentences) > 1 else []), "row", *keep, "sentence"]
-    kinds = [("exact", group) for group in repeats] + [("similar", group) for group in similar]
+    exact = {row for same in members if len(same) > 1 for row in same}
     lines = (
-        [number, kind, len(group), round(score, 3), *map(rows[row].get, names)]
-        for number, (kind, group) in enumerate(kinds, start=1)
+        [number, "exact" if row in exact else "similar", len(group), round(score, 3), *map(rows[row].get, names)]
+        for number, group in enumerate([*repeats, *similar], start=1)
         for row, score in group
     )
     write_rows(output, ["cluster", "kind", "size", "score", *names], lines)
     log(
         f"{output}: {len(repeats)} groups of exact repeats with {sum(map(len, repeats))} rows, "
-        f"{len(similar)} groups of similar sentences with {sum(map(len, similar))} rows, of {len(rows)} rows"
+        f"{len(similar)} groups of similar sentences with {sum(map(len, similar))} rows "
+        f"({sum(row in exact for group in similar for row, _ in group)} of them exact repeats), of {len(rows)} rows"
     )
 
 
