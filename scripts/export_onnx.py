@@ -47,7 +47,7 @@ def main() -> None:
     check_encoders([arguments.encoder], options)
 
     difference = export_onnx(load_encoder(arguments.encoder, options), folder)
-    log(f"{folder / ONNX_FILE}: the scores of the original, but for {difference:.1g}")
+    log(f"{folder / ONNX_FILE}: the same scores as the original, within {difference:.1g}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ def parse() -> tuple[RunTarget, argparse.Namespace]:
     parser.add_argument("--push_to_hub", help="ORG/NAME that the models are pushed to")
     parser.add_argument("--launcher", default="accelerate launch", help="what starts the stages")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, write nothing")
-    target, words = parser.parse_args_into_dataclasses()
+    try:
+        target, words = parser.parse_args_into_dataclasses()
+    except InputError as error:
+        raise InputError(f"{error}; a recipe's own keys are set in the recipe") from error
     return dataclasses.replace(target, hub_model_id=words.push_to_hub or target.hub_model_id), words
 
 

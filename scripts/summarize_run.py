@@ -36,10 +36,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def table_of(runs: list[list[Round]]) -> tuple[str, str, str]:
+def table_of(runs: list[list[Round]], judged: bool = False) -> tuple[str, str, str]:
     """One run's or several runs' table, what it shows, and what it was measured with."""
     if not runs[0][0].values:
-        return "Nothing was measured: the recipe names neither `tasks` nor `dev`.\n", "", ""
+        measured = "Only start and end were compared" if judged else "Nothing was measured"
+        return f"{measured}: the recipe names neither `tasks` nor `dev`.\n", "", ""
     entries = [entry for rounds in runs for round_ in rounds for entry in round_.entries]
     return summary_table(runs), NOTES, origin(entries)
 
@@ -51,8 +52,8 @@ def verdict_of(run: Path, rounds: list[Round], tasks: list[str] | None) -> Verdi
 
 
 def write_summary(run: Path, rounds: list[Round], tasks: list[str] | None) -> None:
-    table, notes, made = table_of([rounds])
     verdict = verdict_of(run, rounds, tasks)
+    table, notes, made = table_of([rounds], bool(verdict.gains))
     best = keep_best(run, rounds)
     layout = Layout(run)
     models = layout.final(bool(rounds[0].values))

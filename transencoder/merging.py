@@ -49,7 +49,7 @@ def merge_with_start(arguments: Cross2BiArguments, trained: Path, task: Task | N
         share = max(tried, key=lambda share: -math.inf if tried[share] is None else tried[share])
         how = {"share": share, "by": arguments.merge_with_start, "metric": measured.metric, "tried": tried}
     shown = [f"{measured.metric} {shown_value(value)} at {share:g}" for share, value in how.get("tried", {}).items()]
-    log(f"Merged with the start: {how['share']:g} of the student" + (f" ({', '.join(shown)})" if shown else ""))
+    log(f"Merged with the start: student's share {how['share']:g}" + (f" ({', '.join(shown)})" if shown else ""))
     if inference.accelerator.is_main_process:
         with replacing(folder) as temporary:
             student.save_pretrained(temporary, mixed(*weights, how["share"]))

@@ -198,7 +198,7 @@ def test_without_any_labels_nothing_is_measured_and_the_last_models_are_kept(rec
             run / folder / "model.safetensors" for folder in (f"last/{kind}-encoder", f"cycle-1/{kind}-encoder/one")
         )
         assert best.read_bytes() == last.read_bytes()
-    assert result.stdout.splitlines()[-1].startswith("VERDICT unknown: there are no labels; start and end order 64")
+    assert result.stdout.splitlines()[-1].startswith("VERDICT unknown: there are no labels; start and end rank 64")
     assert not (run / "best").exists() and (run / "to_label.tsv").exists()
     nothing = "Nothing was measured"
     assert nothing in (run / "results.md").read_text() and not (run / "progress.png").exists()

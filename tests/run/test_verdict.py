@@ -249,7 +249,7 @@ def test_without_labels_the_run_says_how_far_it_went_and_asks_for_the_labels_tha
     result = run_script("summarize_run.py", unlabelled)
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("VERDICT unknown: there are no labels; start and end order 64 training pairs alike by 0.")
+    assert last.startswith("VERDICT unknown: there are no labels; start and end rank 64 training pairs with a ")
     assert (unlabelled / "last/bi-encoder/config.json").is_file() and not (unlabelled / "best").exists()
     path = unlabelled / "to_label.tsv"
     command = f"python scripts/summarize_run.py {unlabelled} --tasks labelled={path}"
@@ -264,9 +264,11 @@ def test_without_labels_the_run_says_how_far_it_went_and_asks_for_the_labels_tha
     result = run_script("summarize_run.py", unlabelled, "--tasks", f"labelled={path}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith("VERDICT ") and ") on labelled" in result.stdout
+    assert "Nothing was measured" not in result.stdout + (unlabelled / "results.md").read_text()
     line = result.stdout.splitlines()[-1]
     result = run_script("summarize_run.py", unlabelled)  # as the driver does once more: the labels still count
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == line and path.read_text() == filled
+    assert "Only start and end were compared" in result.stdout
     assert json.loads((unlabelled / "results.json").read_text())["verdict"] == line
     shutil.copytree(unlabelled, tmp_path / "other", symlinks=True)
     result = run_script("summarize_run.py", unlabelled, tmp_path / "other")

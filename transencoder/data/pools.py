@@ -24,7 +24,7 @@ from transencoder.data.tables import (
 )
 from transencoder.data.tasks import TASKS, expand_groups, local_file, read_split, split_name
 from transencoder.errors import InputError
-from transencoder.runtime.accelerator import log
+from transencoder.runtime.accelerator import log, log_found
 from transencoder.runtime.records import HubSource, Input
 
 
@@ -209,7 +209,7 @@ def _named_pool(name: str, data_dir: str | None) -> datasets.Dataset:
     elif pool.pairs:
         found += f", {'the paper has ' if pool.printed else ''}{pool.pairs}{'' if pool.printed else ' expected'}"
         found += f" ({pool.note})" if pool.note else ""
-    log(found)
+    log_found(found)
     return table
 
 

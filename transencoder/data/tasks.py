@@ -16,7 +16,7 @@ from transencoder.data.formats import column_names
 from transencoder.data.hub_sets import load_split
 from transencoder.data.tables import AS_IT_IS, PAIRS, check_hub_table, is_hub_id, parse_renaming, read_pairs
 from transencoder.errors import InputError
-from transencoder.runtime.accelerator import log
+from transencoder.runtime.accelerator import log_found
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _from_hub(source: Source, split: str, gold: str | None) -> datasets.Dataset:
     try:
         table = load_split(source.hub_id, theirs, source.config, source.revision)
     except InputError as error:
-        raise InputError(f"{error}; or put the tasks' files into a folder and pass it as --data_dir") from error
+        raise InputError(f"{error}; or put the tasks into a folder and pass it as --data_dir") from error
     wanted = (*PAIRS, gold) if gold else PAIRS
     renaming = dict(reversed(item.split("=")) for item in source.columns)
     table = table.rename_columns({old: new for old, new in renaming.items() if new in wanted}).select_columns(wanted)
@@ -299,7 +299,7 @@ def _log_size(name: str, source: Source, split: str, table: datasets.Dataset, go
         scores = np.asarray(table["score"])
         if scores.min() < lowest or scores.max() > highest:
             found += f"; scores from {scores.min():g} to {scores.max():g}, {lowest:g} to {highest:g} expected"
-    log(found)
+    log_found(found)
 
 
 def _gold_of(path: str, columns: list[str] | None) -> str:

@@ -360,21 +360,21 @@ def judge_unlabelled(run: Path, rounds: list[Round]) -> Verdict:
     first, last = (_ranks(_groups(own), ones)[0] for own in scores)
     moved = last - first
     line = (
-        f"VERDICT unknown: there are no labels; start and end order {len(pairs):,} training pairs alike by "
-        f"{rank_correlation(*scores):.3f} (Spearman), and half of them moved by "
-        f"{100 * np.median(np.abs(moved)) / len(pairs):.1f} % of the list or more"
+        f"VERDICT unknown: there are no labels; start and end rank {len(pairs):,} training pairs with a "
+        f"Spearman correlation of {rank_correlation(*scores):.3f}, and half of the pairs moved by at least "
+        f"{100 * np.median(np.abs(moved)) / len(pairs):.1f} % of the list"
     )
     verdict = Verdict("unknown", line)
     rows = draw_to_label(moved, [list(pairs[name]) for name in PAIRS])
     if not len(rows):
-        verdict.notes.append("No pair has another place than at the start: there is nothing to decide.")
+        verdict.notes.append("Start and end rank all pairs alike: there is nothing to label.")
         return verdict
     if not labelled:
         lines = ["\t".join([*PAIRS, "label"])]
         lines += ["\t".join([*(pairs[int(row)][name] for name in PAIRS), ""]) for row in rows]
         write_text(path, "\n".join(lines) + "\n")
     command = shlex.join(["python", "scripts/summarize_run.py", str(run), "--tasks", f"labelled={path}"])
-    verdict.notes.append(f"To decide it, fill in the column label (1: same, 0: not) of {path}, then: {command}")
+    verdict.notes.append(f"To find out, fill in the column label (1: same, 0: not) of {path}, then run: {command}")
     return verdict
 
 

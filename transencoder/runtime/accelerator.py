@@ -108,7 +108,13 @@ def log_idle_cores(accelerator: Accelerator) -> None:
 @cache
 def _log_idle_cores(idle: int) -> None:
     cores = idle + 1
-    log(f"{idle} of {cores} cores idle: `accelerate launch --num_cpu_threads_per_process {cores}` takes all")
+    log(f"{idle} of {cores} cores idle: OMP_NUM_THREADS={cores} in the environment uses them all")
+
+
+def log_found(message: str) -> None:
+    """Log what was found in the data, but not in a stage of the driver, whose first step has said it."""
+    if DRIVER_VARIABLE not in os.environ:
+        log(message)
 
 
 def log_next(command: str) -> None:
