@@ -117,7 +117,9 @@ def test_a_file_of_scores_is_matched_by_text_in_either_order(tmp_path, pairs, su
     rows = [("not", "ours", 0.5), (*second[::-1], 0.25), (*first, 0.75), (*first[::-1], 0.25), (*first, 0.5)]
     found = given(tmp_path, pairs, rows, suffix=suffix)
     np.testing.assert_allclose(found, [0.5, 0.25, np.nan, np.nan])  # the mean of what it has of a pair
-    assert "scores of 2 of 4 pairs" in capsys.readouterr().err
+    assert "scores of 2 of 4 pairs; the others have a mean without it" in capsys.readouterr().err
+    given(tmp_path, pairs, rows, "--teacher_scale", "standard", suffix=suffix)
+    assert "scores of 2 of 4 pairs\n" in capsys.readouterr().err
     found = given(tmp_path, pairs, rows, suffix=suffix, ordered=True)
     np.testing.assert_allclose(found, [0.625, np.nan, np.nan, np.nan])
 

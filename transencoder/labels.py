@@ -186,7 +186,9 @@ def _scores_in(
         raise InputError(
             f"--scores {path}: none of its {len(scored)} pairs is to be scored; they are told by their text"
         )
-    log(f"{path}: scores of {matched} of {len(pairs)} pairs")
+    alone = matched < len(pairs) and arguments.teacher_scale == "none"
+    more = "; the others have a mean without it, and on another scale: see --teacher_scale" if alone else ""
+    log(f"{path}: scores of {matched} of {len(pairs)} pairs{more}")
     return found
 
 
