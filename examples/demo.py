@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0 (default: this machine alone)")
     parser.add_argument("--start", help="bi-encoder to compare with (default: what the run began with)")
     arguments = parser.parse_args()
-    best, last = arguments.run / "best", arguments.run / "last"  # last/ is where nothing was measured
+    best, last = arguments.run / "best", arguments.run / "last"  # last/ is where no dev set chose
     arguments.models = best if best.is_dir() or not last.is_dir() else last
     summary = arguments.run / "results.json"
     for path in (summary, arguments.models / "bi-encoder", arguments.models / "cross-encoder", arguments.sentences):

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Put the best models of a run into `best/`, write results.md and progress.png, and end with the verdict.
 
+Without a dev set the models are the last ones, in `last/`.
+
 python scripts/summarize_run.py runs/quickstart
 
 Of several runs that differ in their seed only, it prints means and standard deviations, which --output keeps.
@@ -17,7 +19,15 @@ from transencoder.config.parsing import StageParser
 from transencoder.errors import InputError, one_line_errors
 from transencoder.evaluation import origin
 from transencoder.run.layout import SEARCH_FILE, Layout
-from transencoder.run.summary import Round, below_start, collect_rounds, keep_best, plot_progress, summary_table
+from transencoder.run.summary import (
+    Round,
+    below_start,
+    collect_rounds,
+    dev_of,
+    keep_best,
+    plot_progress,
+    summary_table,
+)
 from transencoder.run.verdict import Verdict, judge, judge_on, judge_unlabelled
 from transencoder.runtime.accelerator import log_next
 from transencoder.runtime.files import write_json, write_text
@@ -56,7 +66,7 @@ def write_summary(run: Path, rounds: list[Round], tasks: list[str] | None) -> No
     table, notes, made = table_of([rounds], bool(verdict.gains))
     best = keep_best(run, rounds)
     layout = Layout(run)
-    models = layout.final(bool(rounds[0].values))
+    models = layout.final(dev_of(rounds) is not None)
     below = below_start(rounds)
     lines = "\n".join(f"- {line}" for line in [*verdict.notes, *best, *below])
     write_text(layout.table, f"{verdict.line}\n\n# {run.name}\n\n{table}{notes}\n{lines}\n\n{made}")

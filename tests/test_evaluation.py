@@ -772,6 +772,15 @@ def test_the_best_encoders_are_copied(tmp_path):
     assert sorted(path.name for path in (run / "best").iterdir()) == ["bi-encoder", "cross-encoder"]
 
 
+def test_what_no_dev_set_chose_is_not_called_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rounds = make_rounds((0, "bi", 90), (1, "bi", 70), dev=False)
+    for round_ in rounds:
+        Path(round_.path).mkdir(parents=True)
+    assert keep_best(tmp_path, rounds) == ["`last/bi-encoder` is cycle 1, bi-encoder of bert (the last cycle's)."]
+    assert (tmp_path / "last" / "bi-encoder").is_dir() and not (tmp_path / "best").exists()
+
+
 def test_a_ready_start_that_stays_the_best_is_named_and_not_copied(tmp_path):
     values = {"start": [[90, 1, 1]], "cycle-1": THREE["cycle-1"]}
     run = make_run(tmp_path, ["bert"], values, ready="org/simcse")

@@ -760,7 +760,7 @@ def test_the_driver_pushes_beside_the_work_and_unplugging_the_hub_changes_nothin
     assert list(server.repos["acme/tiny-cross"].tags) == ["cycle-1"]
     for kind in ("bi", "cross"):
         files = server.repos[f"acme/tiny-{kind}"].at("main").files
-        assert files["model.safetensors"] == (run / f"best/{kind}-encoder/model.safetensors").read_bytes()
+        assert files["model.safetensors"] == (run / f"last/{kind}-encoder/model.safetensors").read_bytes()
         ModelCard(files["README.md"].decode()).validate()
     assert HfApi().model_info("acme/tiny-bi").private
 
@@ -775,7 +775,7 @@ def test_the_driver_pushes_beside_the_work_and_unplugging_the_hub_changes_nothin
     assert result.returncode == 0, result.stderr[-3000:]
     assert server.stopped and not server.repos["acme/other-bi"].tags
     assert "Not pushed to acme/other-bi" in result.stderr and f"push_to_hub.py {other}" in result.stderr
-    for path in ("best/bi-encoder/model.safetensors", "best/cross-encoder/model.safetensors", "progress.png"):
+    for path in ("last/bi-encoder/model.safetensors", "last/cross-encoder/model.safetensors", "progress.png"):
         assert (other / path).read_bytes() == (run / path).read_bytes(), path
     tables = [(folder / "results.md").read_text().replace(f"# {folder.name}\n", "") for folder in (run, other)]
     assert tables[0] == tables[1]

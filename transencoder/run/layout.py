@@ -8,7 +8,7 @@ cycle-N/teacher-scores/NUMBER-NAME.parquet           scores of a model that is n
 cycle-N/{bi,cross}-scores.parquet                    labels
 cycle-N/{cross,bi}-encoder/STUDENT/                  steps 2 and 3
 cycle-N/{results.json,pair-scores.parquet}           what the cycle measures
-best/{bi,cross}-encoder/ best/search.json            the models that it ends with; last/ where nothing is measured
+best/{bi,cross}-encoder/ best/search.json            the models that it ends with; last/ where no dev set chose them
 results.md results.json progress.png to_label.tsv    the summary
 """
 
@@ -90,9 +90,9 @@ class Layout:
         """Return the scores of the pairs that a cycle's results come from."""
         return self.cycle(cycle) / PAIR_SCORES_FILE
 
-    def final(self, measured: bool) -> Path:
-        """Return the folder of the encoders that a run ends with: the best, or the last where nothing is measured."""
-        return self.run / ("best" if measured else "last")
+    def final(self, chosen: bool) -> Path:
+        """Return the folder of the encoders that a run ends with: the best on dev, or the last where there is none."""
+        return self.run / ("best" if chosen else "last")
 
     def outcome(self, student: str | None) -> Path:
         """Return where run_stages.py tells the driver what to do next, and students one another that they failed."""

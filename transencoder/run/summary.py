@@ -188,11 +188,11 @@ def best_round(rounds: list[Round], kind: str) -> Round:
 
 
 def keep_best(run: Path, rounds: list[Round]) -> list[str]:
-    """Copy the best encoder of each kind to `best/`, or the last to `last/` where nothing is measured; a line each."""
+    """Copy the best encoder of each kind on dev to `best/`, or without dev the last to `last/`; a line each."""
     lines, dev = [], dev_of(rounds)
     for kind in sorted({r.kind for r in rounds if r.path}):
         best = best_round(rounds, kind)
-        target = Layout(run).final(bool(best.values)) / f"{kind}-encoder"
+        target = Layout(run).final(dev is not None) / f"{kind}-encoder"
         if Path(best.path).is_dir():
             with replacing(target) as temporary:
                 shutil.copytree(best.path, temporary)
