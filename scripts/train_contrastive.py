@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from transencoder.contrastive import load_start, read_sentences, task_of
 from transencoder.errors import one_line_errors
 from transencoder.hub import push
-from transencoder.model_checks import check_bi_encoder, check_language_model
+from transencoder.model_checks import check_language_model, check_step1_teacher
 from transencoder.stage import TrainingStage
 
 
@@ -32,7 +32,7 @@ def main(words: list[str] | None = None) -> None:
     # Everything that can be wrong with the input, before any weights are loaded.
     check_language_model(arguments.model_name_or_path)
     if arguments.teacher:
-        check_bi_encoder(arguments.teacher)
+        check_step1_teacher(arguments.teacher)
     sentences = read_sentences(arguments)
     stage.begin(len(sentences), f"{len(sentences)} distinct sentences")
 

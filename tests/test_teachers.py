@@ -236,9 +236,11 @@ def test_a_student_learns_a_teachers_similarities(encoders, tiny_roberta, corpus
         (["--loss", "teacher"], "--loss teacher: needs a bi-encoder to learn from"),
         (["--teacher", "t", "--method", "mirror"], "--teacher: goes with --method simcse"),
         (["--teacher", "no/model"], "no/model"),
+        (["--teacher", "tiny_bert", "--pooling", "mean"], "a plain language model, where a sentence model is needed"),
     ],
 )
-def test_a_teacher_of_step_1_that_cannot_be_is_refused(step1, tmp_path, run_script, words, expected):
+def test_a_teacher_of_step_1_that_cannot_be_is_refused(step1, tiny_bert, tmp_path, run_script, words, expected):
+    words = [tiny_bert if word == "tiny_bert" else word for word in words]
     result = run_script("train_contrastive.py", *step1, tmp_path / "out", *words)
     assert result.returncode == 2 and expected in result.stderr
 

@@ -249,6 +249,13 @@ def check_bi_encoder(name: str, options: ModelOptions = NO_OPTIONS) -> None:
     check_tokenizer(name)
 
 
+def check_step1_teacher(name: str) -> None:
+    """Refuse, before any weights are loaded, what step 1 cannot learn from; --pooling is for its student."""
+    if inspect_encoder(name) == "plm":
+        raise InputError(f"--teacher {name}: a plain language model, where a sentence model is needed")
+    check_bi_encoder(name)
+
+
 def check_encoders(names: list[str], options: ModelOptions = NO_OPTIONS, averaged: bool = False) -> None:
     """Refuse, before any weights are loaded, what cannot score pairs.
 

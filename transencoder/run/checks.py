@@ -19,6 +19,7 @@ from transencoder.model_checks import (
     check_cross_encoder_start,
     check_encoders,
     check_language_model,
+    check_step1_teacher,
 )
 from transencoder.model_files import ModelOptions, model_options
 from transencoder.run.estimate import Inputs
@@ -111,7 +112,7 @@ def _check_options(
         if stage in TRAINING_STAGES and not (stage == "train_contrastive" and student.bi_encoder):
             select_by(arguments)
             if teacher := getattr(arguments, "teacher", None):
-                check_bi_encoder(teacher)
+                check_step1_teacher(teacher)
             if isinstance(arguments, LabelArguments):
                 several = [teacher.model for teacher in plan.teachers] + [labelling.lexical_weight]
                 crosses = plan.alternate and plan.step3_labels != "bi" and stage == "distill_cross2bi"
