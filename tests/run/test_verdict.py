@@ -89,8 +89,11 @@ def test_search_re_ranks_only_where_that_was_measured_to_be_better():
     far = np.random.default_rng(5).normal(size=2000)
     cases = {"bi": far, "cross": 50 * truth.values, "mean": truth.values + far}
     for name, cross in cases.items():
-        advice = how_to_search([Scored("dev", "label", truth.values, np.stack([truth.scores[0], cross]))])
+        scores = np.stack([truth.scores[0], cross])
+        advice = how_to_search([Scored("dev", "label", truth.values, scores / 100)])
         assert advice["rank_by"] == name, advice
+        advice = how_to_search([Scored("dev", "label", truth.values, scores)])  # no cosines
+        assert advice["rank_by"] == {"mean": "bi"}.get(name, name), advice
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
