@@ -76,10 +76,22 @@ def overrides(path: Path, data_dir: Path, stand_ins: dict[str, dict[str, str]]) 
     return words
 
 
+def recipe_with(path: Path, stand_ins: dict[str, dict[str, str]]) -> dict:
+    """The recipe, with a bi-encoder of the stand-ins for each outside teacher, which no flag replaces."""
+    recipe, ready = read_recipe(str(path)), stand_ins["bi_encoder"]["bert"]
+    for teacher in recipe[DRIVER].get("teachers", []):
+        teacher["model"] = ready
+    if "teacher" in recipe.get("train_contrastive", {}):
+        recipe["train_contrastive"]["teacher"] = ready
+    return recipe
+
+
 @pytest.mark.usefixtures("in_checkout")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_accepted_with_all_it_names(path, data_dir, stand_ins, tmp_path, run_script):
-    words = ["--recipe", path, "--output_dir", tmp_path / "run", "--dry_run"]
+    here = tmp_path / "recipe.yaml"
+    here.write_text(yaml.safe_dump(recipe_with(path, stand_ins)), encoding="utf-8")
+    words = ["--recipe", here, "--output_dir", tmp_path / "run", "--dry_run"]
     result = run_script("plan_run.py", *words, *overrides(path, data_dir, stand_ins))
     assert result.returncode == 0, result.stderr
     assert "score_pairs.py" in result.stdout and not (tmp_path / "run").exists()
@@ -90,7 +102,7 @@ def test_a_recipe_is_accepted_with_all_it_names(path, data_dir, stand_ins, tmp_p
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_through(path, data_dir, stand_ins, tmp_path, run_script):
     """One cycle, each stage for one step, in this process (the driver and the launcher are tested elsewhere)."""
-    recipe = read_recipe(str(path))
+    recipe = recipe_with(path, stand_ins)
     recipe[DRIVER]["cycles"] = 1
     recipe["common"] = {**recipe.get("common", {}), "mixed_precision": "no"}
     for stage in TRAINING_STAGES:
