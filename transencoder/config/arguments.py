@@ -32,7 +32,7 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
         "Examples in one optimizer step, over all processes and accumulation steps.", limits=(1, None)
     )
     micro_batch_size: int | None = option(
-        "Most examples in one forward pass of one process; accumulation follows from it. Default: no accumulation.",
+        "Examples per forward pass and process, at most; gradients are accumulated. Default: no accumulation.",
         None,
         limits=(1, None),
         identity=False,
@@ -41,13 +41,11 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
     max_steps: int | None = option(
         "Stop after this many optimizer steps, whatever num_epochs says.", None, limits=(1, None)
     )
-    warmup_ratio: float = option("Share of the steps with a linearly rising learning rate.", 0.0, limits=(0, 1))
+    warmup_ratio: float = option("Share of the steps in which the learning rate rises linearly.", 0.0, limits=(0, 1))
     weight_decay: float = option("AdamW weight decay (not on biases and norms).", 0.01, limits=(0, None))
     max_grad_norm: float = option("Gradient clipping.", 1.0, positive=True)
-    max_length: int = option("Most tokens of one input; the rest is cut off.", 64, limits=(3, None))
-    dropout: float | None = option(
-        "Dropout of the encoder. Default: what its configuration says.", None, limits=(0, 1)
-    )
+    max_length: int = option("Longest input in tokens; the rest is cut off.", 64, limits=(3, None))
+    dropout: float | None = option("Dropout of the encoder. Default: as in its configuration.", None, limits=(0, 1))
     length_window: int = option(
         "Length grouping: sort the examples of this many batches by length, for less padding. 1: plain shuffle.",
         32,
@@ -61,15 +59,15 @@ class TrainingArguments(HubArguments, ReportArguments, StageArguments):
     dev: str | None = option(
         "Labelled pairs for choosing the checkpoint: FILE, NAME=FILE or a task such as stsb.dev.", None
     )
-    eval_steps: int = option("Evaluate on --dev every this many steps, and after each epoch.", 200, limits=(1, None))
+    eval_steps: int = option("Evaluate on --dev every N steps, and after each epoch.", 200, limits=(1, None))
     checkpointing_steps: int = option(
-        "Save a checkpoint every this many steps, to go on from after a crash; 0: only when a signal asks for it.",
+        "Save a checkpoint every N steps, to resume from after a crash; 0: only on a signal.",
         500,
         limits=(0, None),
         identity=False,
     )
     checkpoints_total_limit: int = option(
-        "Keep this many checkpoints, the newest ones.", 2, limits=(1, None), identity=False
+        "Number of checkpoints to keep, the newest ones.", 2, limits=(1, None), identity=False
     )
     select_by: Literal["dev", "agreement", "last"] | None = option(
         "Which checkpoint is kept: the best on --dev; the one whose scores of held-out pairs agree best with the "
@@ -110,7 +108,7 @@ class ContrastiveArguments(ShardArguments, TrainingArguments):
         "simcse: dropout twice. mirror: also random span masking on one side.", "simcse"
     )
     num_sentences: int | None = option(
-        "Random subset of this size. Default: all for simcse, 10000 for mirror.", None, limits=(2, None)
+        "Size of a random subset. Default: all for simcse, 10000 for mirror.", None, limits=(2, None)
     )
     learning_rate: float | None = with_default(
         TrainingArguments, "learning_rate", None, "Peak learning rate. Default: 3e-5 for simcse, 2e-5 for mirror."
@@ -125,26 +123,26 @@ class ContrastiveArguments(ShardArguments, TrainingArguments):
         TrainingArguments,
         "max_length",
         None,
-        "Most tokens of a sentence. Default: 32 for simcse, 50 for mirror.",
+        "Longest sentence in tokens. Default: 32 for simcse, 50 for mirror.",
     )
     temperature: float | None = option(
         "Temperature of the loss. Default: 0.05 for simcse, 0.04 for mirror.", None, positive=True
     )
     mlp_head: bool | None = option(
-        "Dense + tanh on top in training, dropped afterwards. Default: true for simcse, not for mirror and --teacher.",
+        "Train with a dense layer and tanh on top, then drop it. Default: true, but not for mirror or with --teacher.",
         None,
     )
     loss: str = option(
         "What is learned; --teacher changes the default.", "info_nce", choices="transencoder.losses:CONTRASTIVE_LOSSES"
     )
-    teacher: str | None = option("Bi-encoder that --loss teacher learns from: folder or Hub id.", None)
-    queue_size: int = option("--teacher: sentences that each one is compared with.", 8192, limits=(2, None))
+    teacher: str | None = option("Bi-encoder to learn from, by --loss teacher: folder or Hub id.", None)
+    queue_size: int = option("--teacher: number of sentences that each one is compared with.", 8192, limits=(2, None))
     teacher_temperature: float = option("--teacher: temperature of its similarities.", 0.05, positive=True)
     pooling: str = option(
-        "How token vectors become a sentence vector.", "cls", choices="transencoder.pooling:POOLINGS"
+        "How token vectors are combined into a sentence vector.", "cls", choices="transencoder.pooling:POOLINGS"
     )
     mask_characters: int = option(
-        "mirror: length of the masked span, in characters of sentences with >= 30.", 5, limits=(1, None)
+        "mirror: length of the masked span in characters, for sentences of at least 30.", 5, limits=(1, None)
     )
     drophead: float = option(
         "Probability of dropping a whole attention head; if above 0, replaces dropout (mirror: 0.05).",
@@ -183,11 +181,11 @@ class PoolArguments:
     GROUP = "choice of pairs"
 
     num_training_pairs: int | None = option(
-        "Random sample of the pairs of this size. Default: all.", None, limits=(2, None)
+        "Size of a random sample of the pairs. Default: all.", None, limits=(2, None)
     )
-    extra_pairs: list[str] | None = option("More pairs, beside that sample: pools or FILE(s), as --pairs.", None)
+    extra_pairs: list[str] | None = option("Pairs to add to that sample: pools or FILE(s), as for --pairs.", None)
     num_extra_pairs: int | None = option(
-        "Random sample of --extra_pairs of this size. Default: all.", None, limits=(1, None)
+        "Size of a random sample of --extra_pairs. Default: all.", None, limits=(1, None)
     )
 
     def __post_init__(self) -> None:
@@ -203,24 +201,24 @@ class TeacherArguments(EncoderArguments):
 
     scores: list[str] | None = option(
         "File(s) of other tools' scores (sentence1, sentence2, score): further teachers. They are matched to --pairs "
-        "by text, and need not have all of them: a pair's mean is over the teachers that scored it.",
+        "by text, and need not cover them all: a pair's mean is over the teachers that scored it.",
         None,
     )
     teacher_weights: list[float] | None = option(
-        "Weights in the mean: of the encoders, then of the files of --scores. Default: equal.", None
+        "Weights in the mean, first of the encoders, then of the files of --scores. Default: equal.", None
     )
-    teacher_scale: str = option("Each teacher's scores before the mean.", "none", choices="transencoder.losses:SCALES")
+    teacher_scale: str = option("Scaling of each teacher's scores.", "none", choices="transencoder.losses:SCALES")
     both_orders: bool = option(
-        "Cross-encoders score (a, b) and (b, a), and the mean counts; not where order matters, as in QNLI.", False
+        "Cross-encoders score (a, b) and (b, a), and the mean counts. Not if order matters, as in QNLI.", False
     )
     lexical_weight: float = option(
-        "Share of the pairs' TF-IDF cosine (character n-grams) in the score; the teachers' mean has the rest.",
+        "Weight of the pairs' TF-IDF cosine (character n-grams) in the score; the teachers' mean gets the rest.",
         0.0,
         limits=(0, 1),
     )
     smooth_neighbours: int = option(
-        "Bi-encoders compare neighbourhoods: each vector, less the mean of all, plus the mean of its so many nearest "
-        "among the pairs' sentences. For questions that are the same or not, 20; not for graded similarity. 0: off.",
+        "Bi-encoders compare neighbourhoods: to each vector, less the mean of all, add the mean of its N nearest "
+        "among the pairs' sentences. For finding duplicates, 20; not for graded similarity. 0: off.",
         0,
         limits=(0, 1000),
     )
@@ -253,19 +251,19 @@ class LabelArguments(TeacherArguments, ShardArguments, PoolArguments):
         "scores",
         None,
         "Scored pairs (sentence1, sentence2, score), as score_pairs.py writes them. With --teachers: file(s) of other "
-        "tools' scores, which are further teachers, matched to --pairs by text; they need not have all of them.",
+        "tools' scores, as further teachers, matched to --pairs by text; they need not cover them all.",
     )
     teachers: list[str] | None = option("Encoder(s) that score --pairs first.", None)
     pairs: list[str] | None = option("With --teachers: the unlabelled pairs, as score_pairs.py takes them.", None)
-    num_held_out: int = option("Pairs that --select_by agreement takes out of training.", 500, limits=(2, None))
+    num_held_out: int = option("Pairs that --select_by agreement holds out of training.", 500, limits=(2, None))
     drop_disagreement: float = option(
-        "Share of the pairs to leave out: those whose teachers disagree most, by the column disagreement. "
-        "score_pairs.py writes it where there are several; --teacher_scale rank makes them comparable.",
+        "Share of the pairs to leave out: those whose teachers disagree most. With several teachers, score_pairs.py "
+        "writes the column disagreement; --teacher_scale rank makes their scores comparable.",
         0.0,
         limits=(0, 1),
     )
     weight_disagreement: bool = option(
-        "Take a pair the more often the better its teachers agree: by their order from twice to not at all.", False
+        "Sample a pair more often the better its teachers agree: by rank, from twice to never.", False
     )
 
     @property
@@ -306,20 +304,20 @@ class Bi2CrossArguments(LabelArguments, TrainingArguments):
     GROUP = "the cross-encoder"
 
     model_name_or_path: str = option(
-        "What becomes the cross-encoder: a language model, or a classifier of pairs, which keeps its head if it gives "
-        "one score. Hub id or folder."
+        "Model to start from, Hub id or folder: a language model, or a classifier of pairs, which keeps its head if "
+        "it gives one score."
     )
     learning_rate: float = with_default(TrainingArguments, "learning_rate", 2e-5)
     total_batch_size: int = with_default(
         TrainingArguments, "total_batch_size", 32, "Pairs in one step, all processes together."
     )
-    max_length: int = with_default(TrainingArguments, "max_length", 64, "Most tokens of a pair.")
+    max_length: int = with_default(TrainingArguments, "max_length", 64, "Longest pair in tokens.")
     warmup_ratio: float = with_default(TrainingArguments, "warmup_ratio", 0.1)
-    negatives: str = option("Negative cosines.", "shift", choices="transencoder.losses:NEGATIVES")
+    negatives: str = option("How to treat negative cosines.", "shift", choices="transencoder.losses:NEGATIVES")
     loss: str = option("Loss on the score.", "bce", choices="transencoder.losses:CROSS_LOSSES")
-    rescale: str = option("Scores before they become targets.", "none", choices="transencoder.losses:RESCALINGS")
+    rescale: str = option("Rescaling of scores into targets.", "none", choices="transencoder.losses:RESCALINGS")
     swap: bool | None = option(
-        "Train on (a, b) and on (b, a). Default: true, but for pools whose order matters (QNLI).", None
+        "Train on both (a, b) and (b, a). Default: true, except for pools whose order matters (QNLI).", None
     )
 
 
@@ -335,18 +333,18 @@ class Cross2BiArguments(LabelArguments, TrainingArguments):
         TrainingArguments, "total_batch_size", 128, "Pairs in one step, all processes together (large models: 64)."
     )
     num_epochs: int = with_default(TrainingArguments, "num_epochs", 10, "Passes over the data (binary tasks: 15).")
-    max_length: int = with_default(TrainingArguments, "max_length", 32, "Most tokens of a sentence.")
+    max_length: int = with_default(TrainingArguments, "max_length", 32, "Longest sentence in tokens.")
     loss: str = option("Loss on the cosine.", "mse", choices="transencoder.losses:BI_LOSSES")
-    temperature: float = option("Of cosent, listwise and --contrastive_share.", 0.05, positive=True)
+    temperature: float = option("Temperature of cosent, listwise and --contrastive_share.", 0.05, positive=True)
     contrastive_share: float = option(
-        "Share in the loss of InfoNCE, with the other second sentences of the batch as negatives.", 0.0, limits=(0, 1)
+        "Weight of InfoNCE in the loss; its negatives are the other second sentences of the batch.", 0.0, limits=(0, 1)
     )
     contrastive_above: float = option(
-        "The pairs whose score is higher are the positives of --contrastive_share.", 0.8, limits=(-1, 1)
+        "Pairs with a score above this are the positives of --contrastive_share.", 0.8, limits=(-1, 1)
     )
     merge_with_start: str = option(
-        "Mix the weights after training: (1 - a) x start + a x student. A number is a; dev and agreement choose among "
-        "0, 0.25, 0.5, 0.75 and 1: by --dev, or by the teachers' scores of held-out pairs. Or off.",
+        "Mix the weights after training: (1 - a) x start + a x student. Give a as a number, or let dev or agreement "
+        "choose it among 0, 0.25, 0.5, 0.75 and 1, by --dev or by the teachers' scores of held-out pairs. Or off.",
         "off",
     )
 
@@ -382,9 +380,9 @@ class ScoringArguments(TeacherArguments, ShardArguments, PoolArguments, StageArg
     output: str = option(
         "Parquet file to write: sentence1, sentence2, score, in the order of the input.", identity=False
     )
-    drop_duplicates: bool = option("Keep only the first of exactly equal pairs.", False)
+    drop_duplicates: bool = option("Keep only the first of identical pairs.", False)
     keep: list[str] | None = option(
-        "Columns of the files to have in the output, too, such as id; with them come the rows' numbers.", None
+        "Columns of the files to copy to the output, such as id; row numbers are added.", None
     )
 
     def __post_init__(self) -> None:
@@ -401,34 +399,34 @@ class MiningArguments(EncoderArguments, ShardArguments, StageArguments):
 
     sentences: list[str] = option("Sentences: FILE(s), Hub dataset id(s), wiki1m, or a pool's (sts_sickr).")
     sentences_b: list[str] | None = option(
-        "A second side, such as answers: then a pair has a sentence of each side, the first side's first.", None
+        "A second side, such as answers: a pair's second sentence is then one of these.", None
     )
-    encoders: list[str] = option("Bi-encoder(s), whose mean cosine says what is near: folders or Hub ids.")
+    encoders: list[str] = option("Bi-encoder(s) whose mean cosine decides what is near: folders or Hub ids.")
     output: str = option("Parquet file to write: sentence1, sentence2, source, similarity.", identity=False)
     num_pairs: int | None = option(
-        "Pairs to find, all sources together. Default: four for each sentence.", None, limits=(1, 10**9)
+        "Number of pairs to find, over all sources. Default: four per sentence.", None, limits=(1, 10**9)
     )
     mix: list[str] | None = option(
-        "Where they come from, SOURCE=SHARE ...; SOURCE is lexical (BM25), nearest (the encoders' cosine) or random. "
-        f"The first two may name ranks, as in nearest:4-20. Default: {' '.join(DEFAULT_MIX)}.",
+        "Where pairs come from, SOURCE=SHARE ...; SOURCE is lexical (BM25), nearest (the encoders' cosine) or random. "
+        f"The first two can have a range of ranks, as in nearest:4-20. Default: {' '.join(DEFAULT_MIX)}.",
         None,
     )
     spread: int = option(
-        "Look for this many times as many pairs, and keep those whose cosines are spread evenly from 0 to 1. 1: keep "
-        "what the mix gives.",
+        "Find N times as many pairs, and keep a part whose cosines are spread evenly from 0 to 1. 1: keep what the "
+        "mix gives.",
         1,
         limits=(1, 1000),
     )
     spread_by: str | None = option(
-        "Spread them over this encoder's scores, from the lowest to the highest, and not over the cosine: a "
-        "cross-encoder, which scores all that --spread finds. Folder or Hub id.",
+        "Spread them evenly over the scores of this cross-encoder, from the lowest to the highest, instead of over "
+        "the cosine. It scores all pairs that --spread finds. Folder or Hub id.",
         None,
     )
     histogram: str | None = option(
         "PNG with the similarities of each source. Default: beside the output.", None, identity=False
     )
     data_dir: str | None = option(
-        "Folder with the pools that --sentences names. Default: they come from the Hub.", None
+        "Folder with the pools that --sentences names. Default: load them from the Hub.", None
     )
 
     def __post_init__(self) -> None:

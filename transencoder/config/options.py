@@ -83,7 +83,7 @@ class Reading:
 
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence1=question1 score=gold.", None)
     skip_bad_rows: bool = option(
-        "Leave out rows with an empty sentence, a score that is no number or the like, and say how many there were.",
+        "Leave out and count invalid rows, such as those with an empty sentence or a score that is not a number.",
         False,
     )
 
@@ -94,9 +94,9 @@ class CommonArguments(Reading):
 
     GROUP = "general"
 
-    seed: int = option("Seed of everything that is random (paper: 2021).", 2021, limits=(0, 2**32 - 1))
+    seed: int = option("Random seed (paper: 2021).", 2021, limits=(0, 2**32 - 1))
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "Autocast type. auto: what the launcher says, else bf16 where the hardware computes in it, else fp32.", "auto"
+        "Autocast type. auto: the launcher's setting, else bf16 if the hardware supports it, else fp32.", "auto"
     )
 
 
@@ -107,11 +107,11 @@ class StageArguments(CommonArguments):
     GROUP = CommonArguments.GROUP
 
     recipe: str | None = option(
-        "YAML file; its `common` section and the section named like the script apply.", None, identity=False
+        "YAML file; its section `common` and the one named after the script apply.", None, identity=False
     )
     overwrite: bool = option("Replace what an earlier run left at the output.", False, identity=False)
     eval_batch_tokens: int | None = option(
-        "Tokens (padding included) in one forward pass when scoring, per process. Default: 65536 on a GPU, else 2048.",
+        "Tokens per forward pass and process when scoring, padding included. Default: 65536 on a GPU, else 2048.",
         None,
         limits=(1, None),
         identity=False,
@@ -125,7 +125,7 @@ class ShardArguments:
     GROUP = "scoring"
 
     shard_rows: int = option(
-        "Save what is scored or encoded after so many inputs, to go on from there after a crash or a signal.",
+        "Save scores or vectors every this many inputs, to resume from there after a crash or a signal.",
         65536,
         limits=(1, None),
         identity=False,
@@ -139,16 +139,16 @@ class ModelArguments:
     GROUP = "models"
 
     pooling: str | None = option(
-        "Only for a plain language model, which does not say how it pools.",
+        "Pooling of a plain language model, which does not say how it pools. Not for other models.",
         None,
         choices="transencoder.pooling:POOLINGS",
     )
     prompt_name: list[str] | None = option(
-        "Prompt of the models' own configuration. Two: of queries or first sentences, and of passages or second ones. "
-        "Default: what the models say.",
+        "Name of a prompt in the models' configuration, or two: for queries or first sentences, and for passages or "
+        "second ones. Default: the models' default prompt.",
         None,
     )
-    prompt: list[str] | None = option("The same as text, put before a sentence as it is.", None)
+    prompt: list[str] | None = option("The same as text, which is put before each sentence unchanged.", None)
 
 
 @dataclass
@@ -158,7 +158,7 @@ class EncoderArguments(ModelArguments):
     GROUP = ModelArguments.GROUP
 
     label: str | None = option(
-        "Label of a classifier with several, such as entailment: its probability is the score.", None
+        "For a classifier with several labels: the one whose probability is the score, such as entailment.", None
     )
 
 
@@ -183,12 +183,10 @@ class HubTarget:
     GROUP = "the Hub"
 
     hub_model_id: str | None = option("ORG/NAME of the repository.", None, identity=False)
-    hub_public: bool = option("Make the repository public; it is private otherwise.", False, identity=False)
-    hub_license: str | None = option(
-        "Licence, by the Hub's name for it. Default: the base model's.", None, identity=False
-    )
+    hub_public: bool = option("Make the repository public. Otherwise it is private.", False, identity=False)
+    hub_license: str | None = option("Licence, as the Hub names it. Default: the base model's.", None, identity=False)
     hub_language: str | None = option(
-        "Language codes with commas: en,de. Default: the base model's.", None, identity=False
+        "Language codes, separated by commas: en,de. Default: the base model's.", None, identity=False
     )
 
 
@@ -199,7 +197,7 @@ class RunTarget(HubTarget):
     GROUP = HubTarget.GROUP
 
     push_worse: bool = option(
-        "Publish as `main` a bi-encoder that was measured to be worse than its start, too.", False, identity=False
+        "Publish a bi-encoder as `main` even if it was measured to be worse than its start.", False, identity=False
     )
 
 

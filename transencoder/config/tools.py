@@ -27,8 +27,8 @@ class ToolArguments(ShardArguments, EncoderArguments, CommonArguments):
 
     bi_encoder: str = option("Bi-encoder that finds candidates: a folder or Hub id.")
     columns: list[str] | None = option("Rename columns, ours=theirs: sentence=question.", None)
-    sentences: list[str] | None = option("Sentences, one a line, or FILE(s) or Hub dataset ids with a column.", None)
-    keep: list[str] | None = option("Columns of --sentences that the results have, too, such as id.", None)
+    sentences: list[str] | None = option("Text FILE(s), one sentence per line; tables or Hub dataset ids.", None)
+    keep: list[str] | None = option("Columns of --sentences to copy into the results, such as id.", None)
     eval_batch_tokens: int | None = with_default(StageArguments, "eval_batch_tokens", None)
 
     def __post_init__(self) -> None:
@@ -41,29 +41,29 @@ class SearchArguments(ToolArguments):
 
     GROUP = "search"
 
-    index: str = option("Folder of the index. With --sentences it is made, or gets those that are not in it yet.")
+    index: str = option("Folder of the index. --sentences creates it, or adds sentences that are not in it yet.")
     cross_encoder: str | None = option(
         "Cross-encoder that re-ranks: a folder or Hub id. Default: no re-ranking.", None
     )
-    query: list[str] | None = option("What to look for. Without --query, --queries and --relevant: a prompt.", None)
-    queries: str | None = option("File of queries, one a line.", None)
-    relevant: str | None = option(
-        "File of pairs with the column label: reports recall@TOP_K of each one's true partners.", None
+    query: list[str] | None = option(
+        "What to search for. Without --query, --queries or --relevant, a prompt opens.", None
     )
-    top_k: int = option("Results of a query.", 10, limits=(1, None))
+    queries: str | None = option("File with one query per line.", None)
+    relevant: str | None = option(
+        "File of pairs with a column label: reports recall@TOP_K of the sentences paired with label 1.", None
+    )
+    top_k: int = option("Results per query.", 10, limits=(1, None))
     candidates: int | None = option(
-        "Sentences that are retrieved for the cross-encoder to re-rank. Default: 50, or --top_k where that is more.",
+        "Sentences retrieved for the cross-encoder to re-rank. Default: 50, or --top_k if that is more.",
         None,
         limits=(1, None),
     )
     rank_by: Literal["bi", "cross", "mean"] | None = option(
-        "Score that orders the results: the bi-encoder's, the cross-encoder's, or the mean. Default: what the run of "
-        "the cross-encoder measured to be best (search.json beside its folder), else the mean.",
+        "Score to sort by: the bi-encoder's, the cross-encoder's, or the mean. Default: what the cross-encoder's run "
+        "measured to be best (search.json beside its folder), else the mean.",
         None,
     )
-    hybrid: bool = option(
-        "Retrieve by words, too (BM25), and fuse both by their ranks; finds names and numbers.", False
-    )
+    hybrid: bool = option("Also retrieve by words (BM25), and fuse both rankings; finds names and numbers.", False)
     output: str | None = option("JSONL file for the results. Default: a table on the terminal.", None)
 
     def __post_init__(self) -> None:
@@ -82,14 +82,14 @@ class DuplicatesArguments(ToolArguments):
     GROUP = "duplicates"
 
     cross_encoder: str | None = option(
-        "Cross-encoder that confirms: a folder or Hub id. Default: the bi-encoder alone decides.", None
+        "Cross-encoder that checks them: a folder or Hub id. Default: the bi-encoder alone decides.", None
     )
     output: str = option("CSV or JSONL file to write: cluster, kind, size, score, row, sentence.")
-    neighbours: int = option("Nearest neighbours of each sentence that are looked at.", 20, limits=(1, None))
+    neighbours: int = option("Nearest neighbours to check for each sentence.", 20, limits=(1, None))
     threshold: float = option(
-        "Two sentences are one if the mean of the encoders' scores, 0 to 1, is at least this.", 0.85, limits=(0, 1)
+        "Mean of the encoders' scores from which two sentences are duplicates.", 0.85, limits=(0, 1)
     )
-    sweep: bool = option("Show what other thresholds would give, with pairs that are just above them.", False)
+    sweep: bool = option("Show the groups that other thresholds give, with pairs just above each.", False)
 
 
 def parse_tool(arguments: type, description: str | None) -> Any:

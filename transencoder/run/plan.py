@@ -29,10 +29,10 @@ class Student:
     """One of the language models that are trained side by side.
 
     Args:
-        name: of its folders in the run.
+        name: used for its folders in the run.
         plm: the raw language model that the cross-encoder, and step 1, start from.
         bi_encoder: a ready bi-encoder in place of step 1.
-        cross_encoder_plm: where the cross-encoder starts from another model than `plm`.
+        cross_encoder_plm: what the cross-encoder starts from, if not from `plm`.
         train_contrastive, distill_bi2cross, distill_cross2bi: options for this student only.
     """
 
@@ -51,9 +51,9 @@ class OutsideTeacher:
 
     Args:
         model: a bi- or cross-encoder: folder or Hub id.
-        scores: instead of it a file of another tool's scores, matched to the pairs by their text.
-        weight: in the mean, in which each student's encoder has 1.
-        label: of a classifier with several, such as entailment.
+        scores: instead of a model, a file of another tool's scores, matched to the pairs by text.
+        weight: in the mean, where each student's encoder has weight 1.
+        label: for a classifier with several labels, the one that counts, such as entailment.
     """
 
     model: str | None = None
@@ -69,22 +69,22 @@ class Plan:
     Args:
         students: one for self-distillation, several for mutual distillation.
         pairs: unlabelled pairs: pools (sts_sickr), files, Hub ids. Without them, pairs are mined from the sentences.
-        extra_pairs, num_extra_pairs, num_training_pairs: as score_pairs.py takes them.
-        tasks: what is measured before and after; as evaluate_encoders.py takes them. Without tasks and dev, nothing.
-        sentences: for step 1, and for mining.
+        extra_pairs, num_extra_pairs, num_training_pairs: as in score_pairs.py.
+        tasks: what is measured before and after, as in evaluate_encoders.py. Without tasks and dev, nothing is.
+        sentences: files or Hub ids of sentences, for step 1 and for mining.
         sentences_b: a second side, such as answers: mined pairs have a sentence of each side.
         remine: mine again in each cycle, with the bi-encoders of the cycle before.
-        dev: labelled pairs for choosing checkpoints and the best cycle; without it the last ones are taken.
-        data_dir: folder of the registered tasks and pools.
+        dev: labelled pairs that choose checkpoints and the best cycle; without them the last ones are kept.
+        data_dir: folder with the paper's tasks and pools; without it they come from the Hub.
         cycles: how often cross- and bi-encoder are trained (paper: 3 for STS, 5 for binary tasks).
         student_start: where a cycle's students begin: "refresh", the raw language model and the step-1 checkpoint, or
             "carry_over", their own weights of the cycle before (ablation).
         alternate: False leaves the cross-encoder out: bi-encoders learn from bi-encoders (ablation).
         step3_labels: whose scores step 3 learns: those of the cycle's "cross" encoders, the mean of "both" kinds, or
             those that step 2 learned ("bi"). The others are for a start that is stronger than the cross-encoder.
-        paper: student, or "ensemble" -> setting of the paper's tables whose figures stand beside ours.
-        teachers: who scores the pairs, too.
-        stop_at: no further cycle once its labels agree with those of the cycle before so much (Spearman, 0 to 1).
+        paper: for a student, or "ensemble", the setting of the paper's tables whose figures to show beside ours.
+        teachers: further models, or files of scores, that score the pairs, too.
+        stop_at: stop once a cycle's labels agree this much with those of the cycle before (Spearman, 0 to 1).
     """
 
     students: list[Student]
