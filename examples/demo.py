@@ -4,24 +4,31 @@
 pip install gradio
 python examples/demo.py runs/quickstart examples/sentences.txt
 
-A run's models are sentence-transformers' own, and so is everything that is done with them here.
+A run's models are sentence-transformers' own, and so is everything that is done with them here. A table wants
+`--columns sentence=question`, as the other tools do.
 """
 
 import argparse
 import functools
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 import gradio as gr
 import torch
 from fastapi.middleware import Middleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from sentence_transformers import CrossEncoder, SentenceTransformer, util
+
+from transencoder.config.options import Reading
+from transencoder.data.tables import sentence_parts
+from transencoder.errors import InputError
 
 CANDIDATES = 50  # sentences, or pairs, that the bi-encoder finds for the cross-encoder to re-rank
 MOST_CHARACTERS = 2000  # of a text; longer ones would hold up everybody else's
@@ -33,7 +40,10 @@ SCORES = {"mean": "mean of both", "bi": "bi-encoder", "cross": "cross-encoder"}
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run of run_transencoder.sh")
-    parser.add_argument("sentences", type=Path, help="text file to search in, a sentence on each line")
+    parser.add_argument(
+        "sentences", type=Path, help="what to search in: a sentence on each line, or a table (CSV, JSONL)"
+    )
+    parser.add_argument("--columns", nargs="+", help="of a table: where the sentences are, as in sentence=question")
     parser.add_argument("--host", help="address to listen on, such as 0.0.0.0 (default: this machine alone)")
     parser.add_argument("--start", help="bi-encoder to compare with (default: what the run began with)")
     arguments = parser.parse_args()
@@ -43,6 +53,11 @@ def parse() -> argparse.Namespace:
     for path in (summary, arguments.models / "bi-encoder", arguments.models / "cross-encoder", arguments.sentences):
         if not path.exists():
             parser.error(f"{path}: no such file or folder")
+    try:
+        parts = sentence_parts(str(arguments.sentences), Reading(columns=arguments.columns, skip_bad_rows=True))
+    except InputError as error:
+        parser.error(str(error))
+    arguments.counts = Counter(text for part in parts for text in part["sentence"])
     measured = json.loads(summary.read_text(encoding="utf-8"))
     arguments.start = arguments.start or next(
         (each["path"] for each in measured["encoders"] if not each["cycle"]), None
@@ -121,8 +136,7 @@ def duplicate_finder(
 
 def main() -> None:
     arguments = parse()
-    counts = Counter(map(str.strip, arguments.sentences.read_text(encoding="utf-8").splitlines()))
-    del counts[""]
+    counts = arguments.counts
     bi_encoder = SentenceTransformer(str(arguments.models / "bi-encoder"))
     cross_encoder = CrossEncoder(str(arguments.models / "cross-encoder"))
     start = SentenceTransformer(arguments.start) if arguments.start else None

@@ -111,11 +111,15 @@ def test_long_texts_uploads_other_hosts_and_monitoring_are_refused(client):
     assert httpx.post(f"{url}/gradio_api/upload", files=files).status_code == 413
 
 
-def test_the_last_models_are_taken_where_nothing_was_measured(run, tmp_path, monkeypatch):
+def test_the_last_models_and_a_column_of_a_table_are_taken(run, tmp_path, monkeypatch):
     (tmp_path / "last").symlink_to(run / "best")
     (tmp_path / "results.json").write_text('{"encoders": [], "search": null}')
-    monkeypatch.setattr(sys, "argv", [str(DEMO), str(tmp_path), str(DEMO)])
-    assert runpy.run_path(str(DEMO))["parse"]().models == tmp_path / "last"
+    (tmp_path / "tickets.csv").write_text("id;question\n1;where is it\n2;where is it\n3;\n4;cancel my plan\n")
+    words = [str(DEMO), str(tmp_path), str(tmp_path / "tickets.csv"), "--columns", "sentence=question"]
+    monkeypatch.setattr(sys, "argv", words)
+    arguments = runpy.run_path(str(DEMO))["parse"]()
+    assert arguments.models == tmp_path / "last"
+    assert arguments.counts == {"where is it": 2, "cancel my plan": 1}
 
 
 @pytest.mark.parametrize("missing", ["run", "sentences"])
