@@ -31,8 +31,8 @@ def test_repeats_bad_rows_and_cut_sentences_are_counted(tiny_bert, tmp_path, cap
     (tmp_path / "s.txt").write_text("\n".join(rows) + "\n")
     lines = described(tmp_path, tiny_bert, sentences=str(tmp_path / "s.txt"))
     assert lines[:2] == ["Sentences: 5 (exact repeats left out: 2)", "Pairs: 12, to be mined"]
-    assert lines[2] == "Cut at 6 tokens: 1 of 5 sentences, in train_contrastive of one"
-    assert " of 5 random pairs, in distill_bi2cross of one" in lines[3] and "distill_cross2bi" in lines[4]
+    assert lines[2] == "Cut at 6 tokens: 1 of 5 sentences (train_contrastive, student one)"
+    assert " of 5 random pairs (distill_bi2cross, student one)" in lines[3] and "distill_cross2bi" in lines[4]
     assert lines[-1] == "Nothing will be measured: the recipe names neither tasks nor dev"
     assert "s.txt: 1 of 8 rows left out, first row 6: sentence is empty" in capsys.readouterr().err
 
@@ -46,7 +46,7 @@ def test_given_pairs_and_what_is_measured_are_counted(tiny_bert, tmp_path):
     lines = described(tmp_path, tiny_bert, students=[student], sentences=str(tmp_path / "s.txt"), **files)
     assert lines[1] == "Pairs: 3 (exact repeats left out: 1)" and lines[-1] == "Measured: mine"
     # [CLS] a b c [SEP] d e [SEP]
-    assert "Cut at 6 tokens: 1 of 4 pairs, in distill_bi2cross of one" in lines
+    assert "Cut at 6 tokens: 1 of 4 pairs (distill_bi2cross, student one)" in lines
 
 
 def test_time_and_disk_by_hand(monkeypatch):

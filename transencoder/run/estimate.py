@@ -60,7 +60,7 @@ def describe(plan: Plan, inputs: Inputs, seeds: int) -> list[str]:
             columns = [sampled[side][:] for side in PAIRS] if cross else [[prompt + text for text in some]]
             lengths, longest = _lengths(name, columns), arguments.max_length
             share = f"{(lengths > longest).sum()} of {len(lengths)} {what if cross else 'sentences'}"
-            lines.append(f"Cut at {longest} tokens: {share}, in {stage} of {student.name}")
+            lines.append(f"Cut at {longest} tokens: {share} ({stage}, student {student.name})")
             size, weights = _parameters(name)
             batch = arguments.total_batch_size
             seen = min(rows * arguments.num_epochs, batch * (arguments.max_steps or math.inf))
