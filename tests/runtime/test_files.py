@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import transencoder
+from transencoder.config.arguments import Bi2CrossArguments
 from transencoder.config.stages import STAGES
 from transencoder.data import tables
 from transencoder.data.pools import input_files
@@ -618,9 +618,8 @@ def test_scores_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch):
 SCALES = "as cosines and probabilities are; step 2 takes other scales with --rescale logistic"
 
 
-def label_arguments(**changes: object) -> Namespace:
-    values = dict.fromkeys(["scores", "teachers", "pairs", "columns", "data_dir", "extra_pairs", "num_training_pairs"])
-    return Namespace(**{**values, "skip_bad_rows": False, "seed": 1, "by_disagreement": False, **changes})
+def label_arguments(**changes: object) -> Bi2CrossArguments:
+    return Bi2CrossArguments(model_name_or_path="no/model", output_dir="cross", **changes)
 
 
 @pytest.mark.parametrize("score", ["1.01", "-1.5", "3"])
