@@ -4,8 +4,8 @@
 pip install gradio
 python examples/demo.py runs/quickstart examples/sentences.txt
 
-A run's models are sentence-transformers' own, and so is everything that is done with them here. A table wants
-`--columns sentence=question`, as the other tools do.
+The models of a run are plain sentence-transformers models, and are used as such here. For a table, name the column
+with the text, as in the other tools: `--columns sentence=question`.
 """
 
 import argparse
